@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up, in .venv; `make help` lists the rest.
+# Nothing is left outside this folder but the package manager's cache.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+READY := .venv/.ready
+
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench asan clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## train a small ACmix network on real digits; pictures in runs/digits/
+	@$(BIN)/acmix fit --config recipes/digits.yaml
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## lint, format and type checks over the whole tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## write the format that lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove everything that make made, the environment too
+	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py $(wildcard $(CONSTRAINTS) src/acmix/csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
+	  "acmix needs Python 3.10 or newer, found %d.%d: name one with make PYTHON=..." % v[:2])'
+	@if command -v uv >/dev/null; then \
+	  set -x; \
+	  test -x $(BIN)/python || uv venv --python $(PYTHON) .venv; \
+	  uv pip install --python $(BIN)/python $(CONSTRAINTS:%=-c %) -e '.[dev]'; \
+	else \
+	  set -x; \
+	  test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+	  $(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[dev]'; \
+	fi
+	@touch $@

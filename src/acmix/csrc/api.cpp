@@ -1,0 +1,397 @@
+// The library's C interface: checks every size it is given, derives the geometry, runs the tasks.
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+#include <vector>
+
+#include "job.h"
+#include "pool.h"
+
+#if defined(_WIN32)
+#define ACMIX_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ACMIX_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace acmix {
+namespace {
+
+enum Status : int { kOk = 0, kBadProblem = 1, kBadTensor = 2, kNoMemory = 3 };
+
+struct Simd {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// The widest instruction set of this machine that ACMIX_SIMD, where set, allows.
+Simd choose_simd() {
+#if defined(ACMIX_X86_VARIANTS)
+  const char* wish = std::getenv("ACMIX_SIMD");
+  const bool plain = wish && std::strcmp(wish, "plain") == 0;
+  const bool narrow = plain || (wish && std::strcmp(wish, "avx2") == 0);
+  __builtin_cpu_init();
+  if (!narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return {"avx512", &kernels_avx512};
+  }
+  if (!plain && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {"avx2", &kernels_avx2};
+  }
+#endif
+#if defined(__aarch64__) && defined(__GNUC__)
+  return {"neon", &kernels_plain};
+#else
+  return {"plain", &kernels_plain};
+#endif
+}
+
+const Simd& simd() {
+  static const Simd chosen = choose_simd();
+  return chosen;
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Rows an odd number of cache lines apart, or of half lines for short ones: else the channels of
+// one column compete for a few sets of the first-level cache.
+int64_t spread(int64_t floats) {
+  if (floats > 48) return round_up(floats, 16) | 16;
+  const int64_t pitch = round_up(floats, 8);
+  return pitch == 32 ? 40 : pitch;
+}
+
+// Sizes whose products below stay far from overflow.
+constexpr int64_t kLargest = int64_t{1} << 31;
+constexpr int64_t kLargestWindow = 1 << 15;
+
+bool sane(const Problem& p) {
+  for (int64_t n : {p.heads, p.channels, p.height, p.width, p.stride, p.dilation}) {
+    if (n < 1 || n > kLargest) return false;
+  }
+  return p.batch >= 0 && p.batch <= kLargest && p.window >= 1 && p.window % 2 == 1 &&
+         p.window <= kLargestWindow;
+}
+
+// The tables behind a geometry.
+struct Tables {
+  std::vector<int64_t> tap_offset;
+  std::vector<int32_t> key_column;
+};
+
+// Reflection repeats after 2 (size - 1) rows, so a larger dilation equals its remainder.
+int64_t reduced(int64_t dilation, int64_t size) {
+  return size == 1 ? 0 : dilation % (2 * (size - 1));
+}
+
+int32_t reflect(int64_t i, int64_t size) {
+  const int64_t period = size > 1 ? 2 * (size - 1) : 1;
+  const int64_t phase = (i % period + period) % period;
+  return static_cast<int32_t>(phase < size ? phase : period - phase);
+}
+
+void fill_columns(Geometry& g, Tables& tables) {
+  const int64_t out16 = round_up(g.out_width, 16);
+  const int64_t reach = 2 * g.column_pad / g.column_stride;
+  const int64_t phase_width = ceil_div(g.padded_width, g.column_stride);
+  const int64_t needed = out16 + reach > round_up(phase_width, 16) ? out16 + reach
+                                                                   : round_up(phase_width, 16);
+  g.phase_pitch = g.column_stride == 1 ? spread(needed) : round_up(needed, 16);
+  g.key_pitch = g.column_stride == 1 ? g.phase_pitch : spread(g.column_stride * g.phase_pitch);
+  g.query_margin = reach > 16 ? round_up(reach, 16) : round_up(reach, 8);
+  g.query_pitch = spread(g.query_margin + round_up(phase_width, 16));
+  g.unit_taps = true;
+  for (int64_t b = 0; b < g.window; b++) {
+    const int64_t column = b * g.column_dilation;
+    tables.tap_offset.push_back(column % g.column_stride * g.phase_pitch + column / g.column_stride);
+    g.unit_taps = g.unit_taps && tables.tap_offset.back() == b;
+  }
+  for (int64_t n = 0; n < g.key_pitch; n++) {
+    const int64_t column = n / g.phase_pitch + n % g.phase_pitch * g.column_stride;
+    const bool inside = n / g.phase_pitch < g.column_stride && column < g.padded_width;
+    tables.key_column.push_back(inside ? reflect(column - g.column_pad, g.width) : -1);
+  }
+}
+
+// Heads whose values lie side by side in some tensor are staged together, four at most.
+int64_t head_group(const Problem& p, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (t->data && t->stride[4] != 1 && t->stride[2] != 1 && t->stride[1] == 1) {
+      return p.heads < 4 ? p.heads : 4;
+    }
+  }
+  return 1;
+}
+
+Geometry make_geometry(const Problem& p, int64_t group, Tables& tables) {
+  Geometry g{};
+  g.batch = p.batch;
+  g.heads = p.heads;
+  g.channels = p.channels;
+  g.height = p.height;
+  g.width = p.width;
+  g.out_height = ceil_div(p.height, p.stride);
+  g.out_width = ceil_div(p.width, p.stride);
+  g.row_stride = g.out_height > 1 ? p.stride : 1;  // a single row takes no steps
+  g.column_stride = g.out_width > 1 ? p.stride : 1;
+  g.window = p.window;
+  g.taps = p.window * p.window;
+  g.radius = p.window / 2;
+  g.row_dilation = reduced(p.dilation, p.height);
+  g.column_dilation = reduced(p.dilation, p.width);
+  g.column_pad = g.radius * g.column_dilation;
+  g.padded_width = g.width + 2 * g.column_pad;
+  fill_columns(g, tables);
+  g.tap_offset = tables.tap_offset.data();
+  g.key_column = tables.key_column.data();
+  const int64_t reach = 2 * g.radius * g.row_dilation;
+  const int64_t key_rows = reach + (kBand - 1) * g.row_stride + 1;
+  const int64_t query_rows = (reach + kBand - 1) / g.row_stride + 2 + kBand;
+  g.key_ring = key_rows < g.height ? key_rows : g.height;
+  g.query_ring = query_rows < g.out_height ? query_rows : g.out_height;
+  g.head_group = group;
+  g.groups = ceil_div(g.heads, g.head_group);
+  return g;
+}
+
+// Tasks enough for the threads to end together; each chunk of rows repeats the work of its halo,
+// so no more of them than needed. Results do not depend on it.
+void set_chunks(Geometry& g, int64_t rows, int64_t threads) {
+  const int64_t whole = g.batch * g.groups;
+  const int64_t wanted = threads > 1 ? ceil_div(4 * threads, whole > 0 ? whole : 1) : 1;
+  const int64_t smallest = g.window + 2 * kBand;
+  const int64_t chunk = ceil_div(rows, wanted);
+  g.row_chunk = round_up(chunk > smallest ? chunk : smallest, kBand);
+  g.chunks = ceil_div(rows, g.row_chunk);
+}
+
+// `t` has the sizes given, in a known type, and lies within its storage.
+bool fits(const Tensor& t, int64_t batch, int64_t heads, int64_t channels, int64_t rows,
+          int64_t columns) {
+  const int64_t size[5] = {batch, heads, channels, rows, columns};
+  int64_t last = 0;
+  for (int i = 0; i < 5; i++) {
+    if (t.size[i] != size[i] || t.stride[i] < 0) return false;
+    if (t.stride[i] > (INT64_MAX - last) / (size[i] > 0 ? size[i] : 1)) return false;
+    last += t.stride[i] * (size[i] > 0 ? size[i] - 1 : 0);
+  }
+  if (t.dtype < kFloat32 || t.dtype > kFloat16) return false;
+  return batch == 0 || (t.data && last < t.extent);
+}
+
+struct Locations {
+  std::vector<float> column, row;
+};
+
+// linspace(-1, 1, size), as the reference takes it: from both ends to the middle.
+std::vector<float> location(int64_t size) {
+  std::vector<float> at(static_cast<size_t>(size), -1.0f);
+  const float step = size > 1 ? 2.0f / static_cast<float>(size - 1) : 0.0f;
+  for (int64_t i = 0; i < size; i++) {
+    const bool first_half = i < size / 2 || size == 1;
+    at[static_cast<size_t>(i)] = first_half ? -1.0f + step * static_cast<float>(i)
+                                            : 1.0f - step * static_cast<float>(size - 1 - i);
+  }
+  return at;
+}
+
+template <class Job>
+struct Call {
+  void (*task)(const Job&, int64_t, float*);
+  const Job* job;
+
+  static void run(const void* context, int64_t index, float* scratch) {
+    const Call& call = *static_cast<const Call*>(context);
+    call.task(*call.job, index, scratch);
+  }
+};
+
+template <class Job>
+int run(const Job& job, int64_t threads, int64_t scratch,
+        void (*task)(const Job&, int64_t, float*)) {
+  const Call<Job> call{task, &job};
+  const int64_t tasks = job.g.batch * job.g.groups * job.g.chunks;
+  return run_tasks(threads, tasks, scratch, Call<Job>::run, &call) ? kOk : kNoMemory;
+}
+
+void sum_position_gradient(const Geometry& g, const std::vector<float>& by_row, float* sums) {
+  const size_t width = static_cast<size_t>(g.channels) * 2;
+  std::vector<double> total(width, 0.0);
+  for (size_t i = 0; i < by_row.size(); i++) total[i % width] += by_row[i];
+  for (size_t i = 0; i < width; i++) sums[i] = static_cast<float>(total[i]);
+}
+
+int attention_forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const float* position, const Tensor& out, float* lse, int64_t threads) {
+  Attention job{};
+  Tables tables;
+  job.g = make_geometry(p, head_group(p, {&q, &k, &v, &out}), tables);
+  set_chunks(job.g, job.g.out_height, threads);
+  job.query = q;
+  job.key = k;
+  job.value = v;
+  job.out = out;
+  const Locations at{location(p.width), location(p.height)};
+  job.position = position;
+  job.column_location = at.column.data();
+  job.row_location = at.row.data();
+  job.lse = lse;
+  job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
+  const Kernels& kernels = *simd().kernels;
+  return run(job, threads, kernels.attention_forward_scratch(job.g), kernels.attention_forward);
+}
+
+int attention_backward(const Problem& p, Attention job, int64_t threads, float* grad_position) {
+  Tables tables;
+  job.g = make_geometry(p,
+                        head_group(p, {&job.query, &job.key, &job.value, &job.grad_out,
+                                       &job.grad_query, &job.grad_key, &job.grad_value}),
+                        tables);
+  set_chunks(job.g, job.g.height, threads);
+  const Locations at{location(p.width), location(p.height)};
+  job.column_location = at.column.data();
+  job.row_location = at.row.data();
+  job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
+  std::vector<float> by_row;
+  if (grad_position) {
+    by_row.resize(static_cast<size_t>(p.batch * p.heads * p.height * p.channels * 2));
+    job.grad_position_by_row = by_row.data();
+  }
+  const Kernels& kernels = *simd().kernels;
+  const int status =
+      run(job, threads, kernels.attention_backward_scratch(job.g), kernels.attention_backward);
+  if (grad_position) sum_position_gradient(job.g, by_row, grad_position);
+  return status;
+}
+
+// A bad_alloc of the tables here, a status out there.
+template <class Function>
+int guarded(const Function& function) {
+  try {
+    return function();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+}  // namespace
+}  // namespace acmix
+
+using acmix::Problem;
+using acmix::Tensor;
+
+ACMIX_EXPORT int acmix_interface() { return 1; }
+
+ACMIX_EXPORT const char* acmix_simd() { return acmix::simd().name; }
+
+ACMIX_EXPORT int acmix_attention_forward(const Problem* p, const Tensor* q, const Tensor* k,
+                                         const Tensor* v, const float* position,
+                                         const Tensor* out, float* lse, int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  for (const Tensor* t : {q, out}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, rows, columns)) return acmix::kBadTensor;
+  }
+  for (const Tensor* t : {k, v}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, p->height, p->width)) {
+      return acmix::kBadTensor;
+    }
+  }
+  return acmix::guarded(
+      [&] { return acmix::attention_forward(*p, *q, *k, *v, position, *out, lse, threads); });
+}
+
+ACMIX_EXPORT int acmix_attention_backward(const Problem* p, const Tensor* grad_out,
+                                          const Tensor* q, const Tensor* k, const Tensor* v,
+                                          const float* position, const float* lse,
+                                          const Tensor* grad_q, const Tensor* grad_k,
+                                          const Tensor* grad_v, float* grad_position,
+                                          int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  for (const Tensor* t : {q, grad_out, grad_q}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, rows, columns)) return acmix::kBadTensor;
+  }
+  for (const Tensor* t : {k, v, grad_k, grad_v}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, p->height, p->width)) {
+      return acmix::kBadTensor;
+    }
+  }
+  if (!lse && p->batch > 0) return acmix::kBadTensor;
+  acmix::Attention job{};
+  job.query = *q;
+  job.key = *k;
+  job.value = *v;
+  job.grad_out = *grad_out;
+  job.grad_query = *grad_q;
+  job.grad_key = *grad_k;
+  job.grad_value = *grad_v;
+  job.position = position;
+  job.lse = const_cast<float*>(lse);
+  return acmix::guarded(
+      [&] { return acmix::attention_backward(*p, job, threads, grad_position); });
+}
+
+// `heads` counts the channels of the weights, `channels` those of the values that share one.
+ACMIX_EXPORT int acmix_aggregation_forward(const Problem* p, const Tensor* weight, const Tensor* v,
+                                           const Tensor* out, int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  if (!acmix::fits(*weight, p->batch, p->heads, p->window * p->window, rows, columns) ||
+      !acmix::fits(*v, p->batch, p->heads, p->channels, p->height, p->width) ||
+      !acmix::fits(*out, p->batch, p->heads, p->channels, rows, columns)) {
+    return acmix::kBadTensor;
+  }
+  return acmix::guarded([&] {
+    acmix::Tables tables;
+    acmix::Aggregation job{};
+    job.g = acmix::make_geometry(*p, acmix::head_group(*p, {weight, v, out}), tables);
+    acmix::set_chunks(job.g, job.g.out_height, threads);
+    job.weight = *weight;
+    job.value = *v;
+    job.out = *out;
+    const acmix::Kernels& kernels = *acmix::simd().kernels;
+    return acmix::run(job, threads, kernels.aggregation_forward_scratch(job.g),
+                      kernels.aggregation_forward);
+  });
+}
+
+ACMIX_EXPORT int acmix_aggregation_backward(const Problem* p, const Tensor* grad_out,
+                                            const Tensor* weight, const Tensor* v,
+                                            const Tensor* grad_weight, const Tensor* grad_v,
+                                            int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  for (const Tensor* t : {weight, grad_weight}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->window * p->window, rows, columns)) {
+      return acmix::kBadTensor;
+    }
+  }
+  if (!acmix::fits(*grad_out, p->batch, p->heads, p->channels, rows, columns) ||
+      !acmix::fits(*v, p->batch, p->heads, p->channels, p->height, p->width) ||
+      !acmix::fits(*grad_v, p->batch, p->heads, p->channels, p->height, p->width)) {
+    return acmix::kBadTensor;
+  }
+  return acmix::guarded([&] {
+    acmix::Tables tables;
+    acmix::Aggregation job{};
+    job.g = acmix::make_geometry(
+        *p, acmix::head_group(*p, {weight, v, grad_out, grad_weight, grad_v}), tables);
+    acmix::set_chunks(job.g, job.g.height, threads);
+    job.weight = *weight;
+    job.value = *v;
+    job.grad_out = *grad_out;
+    job.grad_weight = *grad_weight;
+    job.grad_value = *grad_v;
+    const acmix::Kernels& kernels = *acmix::simd().kernels;
+    return acmix::run(job, threads, kernels.aggregation_backward_scratch(job.g),
+                      kernels.aggregation_backward);
+  });
+}

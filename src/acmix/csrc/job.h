@@ -1,0 +1,77 @@
+// What one call of the kernel is about: tensors, sizes and the tables derived from them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace acmix {
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// A (batch, heads, channels, rows, columns) tensor in any layout; strides count elements.
+struct Tensor {
+  void* data;
+  int64_t extent;  // elements from `data` to the end of its storage
+  int64_t size[5];
+  int64_t stride[5];
+  int32_t dtype;
+};
+
+struct Problem {
+  int64_t batch, heads, channels, height, width, window, stride, dilation;
+};
+
+// At most this many rows share one load of a neighbour's row.
+constexpr int kBand = 3;
+
+// Rows of queries and keys live in scratch as float32 [channel][column].
+// A key row holds its reflected columns too, split by column modulo the stride ("phase"), so that the
+// neighbours of consecutive queries are consecutive: tap b of query j is at tap_offset[b] + j.
+// A query row has zeros around it, so that a key may gather from queries that do not exist.
+struct Geometry {
+  int64_t batch, heads, channels, height, width, out_height, out_width;
+  int64_t window, taps, radius, row_stride, column_stride, row_dilation, column_dilation;
+  int64_t column_pad, padded_width, phase_pitch, key_pitch;
+  int64_t query_margin, query_pitch;
+  int64_t key_ring, query_ring;
+  int64_t head_group, groups, row_chunk, chunks;
+  const int64_t* tap_offset;   // [window]
+  const int32_t* key_column;   // [key_pitch]: image column, -1 where there is none
+  bool unit_taps;              // tap_offset[b] == b
+};
+
+struct Attention {
+  Geometry g;
+  Tensor query, key, value, out;
+  Tensor grad_out, grad_query, grad_key, grad_value;
+  const float* position;  // [channels][2] or null
+  const float* column_location;
+  const float* row_location;
+  float* lse;                    // [batch][heads][out_height][out_width], base 2
+  float* grad_position_by_row;   // [batch][heads][height][channels][2] or null
+  float scale;
+};
+
+struct Aggregation {
+  Geometry g;
+  Tensor weight, value, out;
+  Tensor grad_out, grad_weight, grad_value;
+};
+
+// The entry points of one instruction set. Sizes of scratch are in floats.
+struct Kernels {
+  int64_t (*attention_forward_scratch)(const Geometry&);
+  void (*attention_forward)(const Attention&, int64_t task, float* scratch);
+  int64_t (*attention_backward_scratch)(const Geometry&);
+  void (*attention_backward)(const Attention&, int64_t task, float* scratch);
+  int64_t (*aggregation_forward_scratch)(const Geometry&);
+  void (*aggregation_forward)(const Aggregation&, int64_t task, float* scratch);
+  int64_t (*aggregation_backward_scratch)(const Geometry&);
+  void (*aggregation_backward)(const Aggregation&, int64_t task, float* scratch);
+};
+
+extern const Kernels kernels_plain;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace acmix

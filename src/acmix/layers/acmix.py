@@ -1,0 +1,225 @@
+"""The operator of the paper as a layer, in place of a k x k convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.mix import MIXES, ConvexMix, LearnedMix, make_mix
+from acmix.layers.shift import SHIFT_INITS, SHIFTS, LearnedShift, make_shift
+from acmix.ops import _checks
+from acmix.ops._dispatch import BACKENDS
+from acmix.ops.shift_convolution import folded
+from acmix.ops.shift_convolution import reference as unfolded
+from acmix.ops.window_attention import attend
+
+
+class ACmix2d(nn.Module):
+    """Convolution and self-attention from one set of projections: use it for `nn.Conv2d(c, c, 3)`.
+
+    Three 1x1 projections q, k, v of x (Stage I) feed windowed attention and a shift convolution
+    (Stage II), and `out = alpha * attention + beta * convolution`. Pan et al., "On the Integration
+    of Self-Attention and Convolution", CVPR 2022, Eq. 9.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)), any
+    H, W >= 1, in any floating-point dtype and memory format.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; a multiple of `heads`.
+        heads: attention heads N, of head_dim = out_channels / N channels each.
+        kernel_att: side of the attention window in pixels, odd. Beyond the border pixels are
+            reflected, repeatedly where the map is smaller than the window.
+        kernel_conv: side of the convolution kernel in pixels, odd. Its border is padded by zeros.
+        stride: step between outputs in pixels, for both paths.
+        dilation: step between the taps of the window and of the kernel in pixels, for both paths.
+        mix: "learned" (alpha and beta, both from 0.5), "convex" (alpha and 1 - alpha), "sum" (both
+            1), "attention" or "convolution" (that path alone; the other is not computed).
+        shift: "learned" (a kernel set for each output channel: the method), "learned_shared" (one
+            set for all heads), "fixed" (one-hot kernels) or "tensor" (tensor shifts).
+        shift_init: start of learned kernels, "shift" or "kaiming" (random, as `nn.Conv2d`).
+        position: whether attention has the linear position term.
+        backend: "auto", "reference", "tiled", "native" or "triton"; see `acmix.ops.backends`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: for an argument out of its range, and in `forward` for an input of
+            wrong rank, channels or dtype and for a forced backend that cannot run on it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        heads: int = 4,
+        kernel_att: int = 7,
+        kernel_conv: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        mix: str = "learned",
+        shift: str = "learned",
+        shift_init: str = "shift",
+        position: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_positive("in_channels", in_channels)
+        _checks.check_positive("out_channels", out_channels)
+        _checks.check_positive("heads", heads)
+        _checks.check_divisible("out_channels", out_channels, "heads", heads)
+        _checks.check_window("kernel_att", kernel_att)
+        _checks.check_window("kernel_conv", kernel_conv)
+        _checks.check_positive("stride", stride)
+        _checks.check_positive("dilation", dilation)
+        _checks.check_choice("mix", mix, MIXES)
+        _checks.check_choice("shift", shift, SHIFTS)
+        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        if shift_init != "shift" and not shift.startswith("learned"):
+            raise ValueError(
+                f"shift_init: expected 'shift' with shift={shift!r}, whose kernels are not "
+                f"learned, got {shift_init!r}"
+            )
+        _checks.check_choice("backend", backend, BACKENDS)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.heads, self.head_dim = heads, out_channels // heads
+        self.kernel_att, self.kernel_conv = kernel_att, kernel_conv
+        self.stride, self.dilation = stride, dilation
+        self.backend = backend
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        # Plain parameters: a network's loop over its nn.Conv2d modules leaves their start alone.
+        # Rows of the projections are d-major, c * 3N + j with j over the heads of q, of k and of
+        # v, which is the order of the folded group convolution: no copy on the way to it.
+        self.qkv_weight = parameter(3 * out_channels, in_channels)
+        self.qkv_bias = parameter(3 * out_channels)
+        self.mix = make_mix(mix, device, dtype)
+        alpha, beta = self.mix.weights()
+        if alpha is not None:
+            self.position_weight = parameter(self.head_dim, 2) if position else None
+        if beta is not None:
+            self.fc_weight = parameter(kernel_conv**2, 3 * heads)
+            self.shift = make_shift(
+                shift, out_channels, heads, kernel_conv, shift_init, device, dtype
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again: projections and fc as `nn.Conv2d` starts, kernels and mix as constructed."""
+        bound = 1 / math.sqrt(self.in_channels)
+        nn.init.uniform_(self.qkv_weight, -bound, bound)
+        nn.init.uniform_(self.qkv_bias, -bound, bound)
+        for name in ("position_weight", "fc_weight"):
+            weight = getattr(self, name, None)
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        for child in self.children():
+            if isinstance(child, (LearnedMix, ConvexMix, LearnedShift)):
+                child.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        _checks.check_map("x", x, self.in_channels)
+        alpha, beta = self.mix.weights()
+        if beta is None:
+            return self._attention(*self._project_for_attention(x))
+        fc_weight = beta * self.fc_weight
+        kernels = self.shift.kernels(like=fc_weight)
+        if kernels is not None and self.backend != "reference" and prefers_dense(x):
+            convolution = self._dense_convolution(x, fc_weight, kernels)
+            if alpha is None:
+                return convolution
+            attention = self._attention(*self._project_for_attention(x))
+        else:
+            pieces = self._project(x)
+            convolution = self._convolution(pieces, fc_weight, kernels)
+            if alpha is None:
+                return convolution
+            q, k, v = pieces.chunk(3, 1)
+            attention = self._attention(q[..., :: self.stride, :: self.stride], k, v)
+        if isinstance(alpha, Tensor):
+            return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
+        return convolution + alpha * attention
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Stage I: the 3N pieces of x, (B, 3N, d, H, W)."""
+        pieces = project(x, self.qkv_weight, self.qkv_bias)
+        return pieces.unflatten(1, (self.head_dim, 3 * self.heads)).transpose(1, 2)
+
+    def _project_for_attention(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v where no convolution reads them: head-major, q only where windows are."""
+        weight = self.qkv_weight.unflatten(0, (self.head_dim, 3, self.heads))
+        weight = weight.permute(1, 2, 0, 3).flatten(1, 2)  # (3, C, in_channels)
+        bias = self.qkv_bias.view(self.head_dim, 3, self.heads).permute(1, 2, 0).flatten(1)
+        if self.stride == 1:
+            q, k, v = project(x, weight.flatten(0, 1), bias.flatten()).chunk(3, 1)
+        else:
+            q = project(x[..., :: self.stride, :: self.stride], weight[0], bias[0])
+            k, v = project(x, weight[1:].flatten(0, 1), bias[1:].flatten()).chunk(2, 1)
+        heads_apart = (self.heads, self.head_dim)
+        return q.unflatten(1, heads_apart), k.unflatten(1, heads_apart), v.unflatten(1, heads_apart)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stage II, attention path: (B, C, Ho, Wo), head-major."""
+        out = attend(
+            q,
+            k,
+            v,
+            position=self.position_weight,
+            window=self.kernel_att,
+            stride=self.stride,
+            dilation=self.dilation,
+            backend=self.backend,
+        )
+        return out.flatten(1, 2)
+
+    def _convolution(self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor | None) -> Tensor:
+        """Stage II, convolution path from the pieces: (B, C, Ho, Wo), d-major.
+
+        The channels of the two paths are added as they are, although one is head-major and the
+        other d-major: released checkpoints depend on it.
+        """
+        if kernels is None:
+            return unfolded.forward_tensor_shifts(
+                pieces, fc_weight, self.heads, None, self.stride, self.dilation
+            )
+        form = unfolded if self.backend == "reference" else folded
+        return form.forward(pieces, fc_weight, kernels, None, self.stride, self.dilation)
+
+    def _dense_convolution(self, x: Tensor, fc_weight: Tensor, kernels: Tensor) -> Tensor:
+        """Stage I and the convolution path as one dense convolution of x."""
+        weight = self.qkv_weight.unflatten(0, (self.head_dim, 3 * self.heads)).transpose(0, 1)
+        bias = self.qkv_bias.view(self.head_dim, 3 * self.heads).t()
+        return folded.forward_dense(
+            x, weight, bias, fc_weight, kernels, None, self.stride, self.dilation
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, heads={self.heads}, "
+            f"kernel_att={self.kernel_att}, kernel_conv={self.kernel_conv}, "
+            f"stride={self.stride}, dilation={self.dilation}, backend={self.backend!r}"
+        )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution, as a linear over NHWC where cuDNN's is four times slower."""
+    if x.device.type == "cpu":
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def prefers_dense(x: Tensor) -> bool:
+    """Whether the convolution path runs as one dense convolution of x, not of the pieces.
+
+    On a CPU the group convolution of the pieces costs 0.1 to 0.7 times the dense one (C = 512 to
+    64); cuDNN's costs 5 to 24 times as much. See docs/backends.md.
+    """
+    return x.device.type != "cpu"

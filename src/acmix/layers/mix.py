@@ -1,0 +1,75 @@
+"""How the two paths are weighed: the paper's first ablation, one class a row of it.
+
+`weights()` returns (alpha, beta); None stands for a path that is not there and is not computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Weight = Tensor | float | None
+
+
+class LearnedMix(nn.Module):
+    """alpha * attention + beta * convolution, both learned, both from 0.5: the method."""
+
+    def __init__(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, 0.5)
+        nn.init.constant_(self.beta, 0.5)
+
+    def weights(self) -> tuple[Weight, Weight]:
+        return self.alpha, self.beta
+
+
+class ConvexMix(nn.Module):
+    """alpha * attention + (1 - alpha) * convolution, alpha learned from 0.5."""
+
+    def __init__(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, 0.5)
+
+    def weights(self) -> tuple[Weight, Weight]:
+        return self.alpha, 1 - self.alpha
+
+
+class FixedMix(nn.Module):
+    """Weights that are not learned."""
+
+    def __init__(self, alpha: float | None, beta: float | None) -> None:
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+
+    def weights(self) -> tuple[Weight, Weight]:
+        return self.alpha, self.beta
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+FIXED_MIXES = {"sum": (1.0, 1.0), "attention": (1.0, None), "convolution": (None, 1.0)}
+MIXES = ("learned", "convex", *FIXED_MIXES)
+
+
+def make_mix(
+    mix: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LearnedMix | ConvexMix | FixedMix:
+    if mix == "learned":
+        return LearnedMix(device, dtype)
+    if mix == "convex":
+        return ConvexMix(device, dtype)
+    return FixedMix(*FIXED_MIXES[mix])

@@ -1,0 +1,64 @@
+"""Which implementation of an operator runs, and for each that cannot, why.
+
+An implementation is a module with `forward`; one that is not for every tensor also has
+`why_not(tensor)`, which returns a one-line reason or None. `"auto"` takes the first of AUTO that
+has no reason against it. A backend named by the caller runs or raises: nothing falls back
+silently.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from acmix.ops import _native
+from acmix.ops._checks import check_choice
+
+AUTO = ("triton", "native", "tiled")
+BACKENDS = ("auto", "reference", "tiled", "native", "triton")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it can run on this machine, else the reason why not.
+
+    reference: the definition, unfolded windows, any device and dtype. tiled: portable PyTorch,
+    any device and dtype. native: the C++ kernel for the CPU. triton: the kernels for the GPU.
+    """
+    return {
+        "reference": None,
+        "tiled": None,
+        "native": _native.reason(),
+        "triton": _triton_reason(),
+    }
+
+
+def choose(backend: str, implementations: dict[str, ModuleType], tensor: Tensor) -> ModuleType:
+    """The implementation that `backend` names for a tensor like this one.
+
+    Raises ValueError for an unknown backend, and for a forced one that cannot run here.
+    """
+    if backend == "auto":
+        return next(
+            implementations[name]
+            for name in AUTO
+            if _why_not(name, implementations, tensor) is None
+        )
+    check_choice("backend", backend, BACKENDS)
+    reason = _why_not(backend, implementations, tensor)
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
+    return implementations[backend]
+
+
+def _why_not(name: str, implementations: dict[str, ModuleType], tensor: Tensor) -> str | None:
+    if name not in implementations:
+        return _triton_reason()
+    why_not = getattr(implementations[name], "why_not", None)
+    return why_not(tensor) if why_not else None
+
+
+@torch.compiler.assume_constant_result
+def _triton_reason() -> str | None:
+    return "this version of acmix has no Triton kernels yet"

@@ -1,0 +1,53 @@
+"""What the package's operators share in their registration with `torch.library`.
+
+`torch.ops.acmix.<name>` has one schema, fake, autograd, autocast and FLOP formula, written in the
+operator's _fused.py, and one kernel a device, written in native.py (CPU) and triton.py (GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("acmix", "FRAGMENT")
+
+
+def define(name: str, schema: str) -> None:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_autocast(name: str, tensors: int) -> None:
+    """Under autocast the first `tensors` arguments take the device's autocast dtype."""
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        _library.impl(name, _autocast(name, tensors, device, key), key)
+
+
+def _autocast(name: str, tensors: int, device: str, key: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.device.type != device or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    def call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            cast_args = (cast(arg) for arg in args[:tensors])
+            return getattr(torch.ops.acmix, name)(*cast_args, *args[tensors:])
+
+    return call
+
+
+def empty_output(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Uninitialised (B, N, d, Ho, Wo), with the channels of a pixel side by side where those of
+    `like` lie closer together than its pixels, else row by row.
+    """
+    batch, heads, head_dim, height, width = size
+    if min(like.stride(1), like.stride(2)) < like.stride(4):
+        out = like.new_empty((batch, height, width, heads, head_dim))
+        return out.permute(0, 3, 4, 1, 2)
+    return like.new_empty(size)

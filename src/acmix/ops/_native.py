@@ -1,0 +1,219 @@
+"""The CPU kernel's library: loaded at its first use, called with tensors.
+
+The library is a plain C one (src/acmix/csrc/api.cpp), built by setup.py beside this package. A call
+through ctypes lets go of Python's lock. `ACMIX_SIMD=plain|avx2|avx512`, read at the first use,
+forbids wider instructions than the one named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INTERFACE = 1  # acmix_interface() of the library that these declarations describe
+FOLDER = Path(__file__).parents[1]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ERRORS = {
+    1: "a size out of range",
+    2: "a tensor that does not fit its description",
+    3: "not enough memory for the tiles",
+}
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("extent", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 5),
+        ("stride", ctypes.c_int64 * 5),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "batch",
+            "heads",
+            "channels",
+            "height",
+            "width",
+            "window",
+            "stride",
+            "dilation",
+        )
+    )
+
+
+@torch.compiler.assume_constant_result
+def reason() -> str | None:
+    """Why the kernel cannot run here, in one line; None where it can."""
+    return _load()[1]
+
+
+def simd() -> str:
+    """The instructions that the kernel uses: "avx512", "avx2", "neon" or "plain"."""
+    return _library().acmix_simd().decode()
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the kernel cannot take a tensor like this one; None where it can."""
+    if tensor.device.type not in ("cpu", "meta"):
+        return f"the CPU kernel takes tensors on the CPU, not on {tensor.device.type}"
+    if tensor.dtype not in DTYPES:
+        return f"the CPU kernel computes in float32, which is too narrow for {tensor.dtype}"
+    return reason()
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    window: int,
+    stride: int,
+    dilation: int,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fills `out` (B, N, d, Ho, Wo) and the contiguous `lse` (B, N, Ho, Wo)."""
+    _call(
+        "acmix_attention_forward",
+        _problem(k, window, stride, dilation),
+        q,
+        k,
+        v,
+        _Floats(position),
+        out,
+        _Floats(lse),
+    )
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    lse: Tensor,
+    window: int,
+    stride: int,
+    dilation: int,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_position: Tensor | None,
+) -> None:
+    """Fills the gradients of q, k, v and, where given, of the contiguous float32 position."""
+    _call(
+        "acmix_attention_backward",
+        _problem(k, window, stride, dilation),
+        grad_out,
+        q,
+        k,
+        v,
+        _Floats(position),
+        _Floats(lse),
+        grad_q,
+        grad_k,
+        grad_v,
+        _Floats(grad_position),
+    )
+
+
+def aggregation_forward(
+    weight: Tensor, v: Tensor, window: int, stride: int, dilation: int, out: Tensor
+) -> None:
+    """weight (B, Cw, window^2, Ho, Wo), v (B, Cw, C / Cw, H, W); fills `out` of q's kind."""
+    _call("acmix_aggregation_forward", _problem(v, window, stride, dilation), weight, v, out)
+
+
+def aggregation_backward(
+    grad_out: Tensor,
+    weight: Tensor,
+    v: Tensor,
+    window: int,
+    stride: int,
+    dilation: int,
+    grad_weight: Tensor,
+    grad_v: Tensor,
+) -> None:
+    _call(
+        "acmix_aggregation_backward",
+        _problem(v, window, stride, dilation),
+        grad_out,
+        weight,
+        v,
+        grad_weight,
+        grad_v,
+    )
+
+
+class _Floats:
+    """A contiguous float32 tensor passed as a bare pointer, or none."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise AssertionError("a bare pointer must be to contiguous float32")
+        self.pointer = ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _problem(k: Tensor, window: int, stride: int, dilation: int) -> _Problem:
+    return _Problem(*k.shape, window, stride, dilation)
+
+
+def _describe(tensor: Tensor) -> _Tensor:
+    size = tensor.element_size()
+    extent = tensor.untyped_storage().nbytes() // size - tensor.storage_offset()
+    return _Tensor(
+        tensor.data_ptr(),
+        extent,
+        tuple(tensor.shape),
+        tensor.stride(),
+        DTYPES[tensor.dtype],
+    )
+
+
+def _call(name: str, problem: _Problem, *tensors: Tensor | _Floats) -> None:
+    arguments = [
+        t.pointer if isinstance(t, _Floats) else ctypes.byref(_describe(t)) for t in tensors
+    ]
+    status = getattr(_library(), name)(
+        ctypes.byref(problem), *arguments, ctypes.c_int64(torch.get_num_threads())
+    )
+    if status != 0:
+        raise RuntimeError(f"{name}: internal error: {ERRORS.get(status, status)}")
+
+
+def _library() -> ctypes.CDLL:
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"the CPU kernel is not available: {why}")
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    paths = sorted(FOLDER.glob("_kernel*.so")) + sorted(FOLDER.glob("_kernel*.pyd"))
+    if not paths:
+        return None, _why_missing()
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+        interface = library.acmix_interface()
+    except (OSError, AttributeError) as error:
+        return None, f"the CPU kernel could not be loaded: {error}"
+    if interface != INTERFACE:
+        return None, "the CPU kernel was built for another version of acmix: install again"
+    library.acmix_simd.restype = ctypes.c_char_p
+    return library, None
+
+
+def _why_missing() -> str:
+    note = FOLDER / "_kernel_missing.txt"
+    why = note.read_text().strip() if note.exists() else "this installation has no library"
+    return f"no CPU kernel: {why}"

@@ -1,0 +1,85 @@
+"""A k x k convolution made of 1x1 pieces that are mixed, shifted and summed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acmix.ops import _checks
+from acmix.ops.shift_convolution import folded, reference
+
+IMPLEMENTATIONS = {"reference": reference, "folded": folded}
+
+
+def shift_convolution(
+    pieces: Tensor,
+    fc_weight: Tensor,
+    shift_weight: Tensor,
+    *,
+    fc_bias: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    form: str = "folded",
+) -> Tensor:
+    """Convolution path of ACmix: channel c of every piece is mixed by `fc`, shifted and summed.
+
+    `f[t, c] = sum_j fc_weight[t, j] * pieces[j, c] + fc_bias[t]`, then a convolution with d groups
+    (k^2 in, M out), zero padding (Pan et al., CVPR 2022, Sec. 4.2).
+
+    Args:
+        pieces: (B, J, d, H, W): J pieces of d channels, of any strides. The ResNet form of ACmix
+            has J = 3N: the heads of q, of k and of v.
+        fc_weight: (k^2, J), shared by pixels and channels.
+        shift_weight: (d * M, k^2, k, k), k odd; `shift_kernels` gives the pure shifts.
+        fc_bias: (k^2), or None.
+        stride, dilation: of the group convolution, in pixels; padding is dilation * (k // 2).
+        form: "folded" does both steps as one group convolution, exactly and cheaper; "reference"
+            does them one after the other.
+
+    Returns:
+        (B, d * M, ceil(H / stride), ceil(W / stride)), d-major: channel c * M + m.
+
+    Raises:
+        ValueError: for a wrong rank, shape, stride, dilation or form.
+        TypeError: for integer or complex tensors and mixed dtypes.
+    """
+    _checks.check_positive("stride", stride)
+    _checks.check_positive("dilation", dilation)
+    _checks.check_choice("form", form, tuple(IMPLEMENTATIONS))
+    _checks.check_dtype("pieces", pieces)
+    if pieces.dim() != 5:
+        raise ValueError(
+            f"pieces: expected 5 dimensions (B, J, d, H, W), got shape {tuple(pieces.shape)}"
+        )
+    _checks.check_dtype("shift_weight", shift_weight)
+    if shift_weight.dim() != 4:
+        raise ValueError(
+            "shift_weight: expected 4 dimensions (d * M, k^2, k, k), "
+            f"got shape {tuple(shift_weight.shape)}"
+        )
+    channels, _, side, _ = shift_weight.shape
+    _checks.check_window("shift_weight: k", side)
+    _checks.check_shape("shift_weight", shift_weight, (channels, side * side, side, side))
+    _checks.check_divisible("shift_weight: channels", channels, "d", pieces.shape[2])
+    _checks.check_shape("fc_weight", fc_weight, (side * side, pieces.shape[1]))
+    same = {"pieces": pieces, "fc_weight": fc_weight, "shift_weight": shift_weight}
+    if fc_bias is not None:
+        _checks.check_shape("fc_bias", fc_bias, (side * side,))
+        same["fc_bias"] = fc_bias
+    _checks.check_same_kind(**same)
+    return IMPLEMENTATIONS[form].forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
+
+
+def shift_kernels(
+    channels: int,
+    kernel_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Kernels that shift piece t by tap t and sum, for each of `channels` outputs.
+
+    (channels, k^2, k, k): one-hot at `[:, u * k + v, u, v]`.
+    """
+    taps = torch.eye(kernel_size * kernel_size, device=device, dtype=dtype)
+    taps = taps.view(kernel_size * kernel_size, kernel_size, kernel_size)
+    return taps.expand(channels, -1, -1, -1).clone()

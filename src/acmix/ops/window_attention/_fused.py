@@ -1,0 +1,134 @@
+"""`torch.ops.acmix.window_attention`: windowed attention as one operator with a kernel a device.
+
+The forward pass keeps the log2-sum-exp2 of every window; the backward pass computes the
+probabilities again from it, so nothing of window^2 times the channels is ever stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from acmix.ops import _library
+
+_library.define(
+    "window_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? position, SymInt window, SymInt stride, "
+    "SymInt dilation) -> (Tensor out, Tensor lse)",
+)
+_library.define(
+    "window_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor out, Tensor lse, "
+    "SymInt window, SymInt stride, SymInt dilation) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position)",
+)
+_library.register_autocast("window_attention", tensors=3)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    window: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """q (B, N, d, Ho, Wo), k and v (B, N, d, H, W), position (d, 2) -> (B, N, d, Ho, Wo)."""
+    return torch.ops.acmix.window_attention(q, k, v, position, window, stride, dilation)[0]
+
+
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out (B, N, d, Ho, Wo) and lse (B, N, Ho, Wo): log2 of the sum, over a window, of
+    2^(logit * log2(e)), in float32.
+    """
+    batch, heads, _, height, width = q.shape
+    out = _library.empty_output(v, tuple(q.shape))
+    return out, q.new_empty((batch, heads, height, width), dtype=torch.float32)
+
+
+def empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients, laid out like the tensors; without a position term its gradient
+    has no rows.
+    """
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    if position is None:
+        return *grads, q.new_empty((0, 2))
+    return *grads, position.new_empty(tuple(position.shape))
+
+
+@torch.library.register_fake("acmix::window_attention")
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    window: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    return empty_outputs(q, v)
+
+
+@torch.library.register_fake("acmix::window_attention_backward")
+def _fake_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_gradients(q, k, v, position)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, position, *ctx.sizes = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, position, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, position, out, lse = ctx.saved_tensors
+    *grads, grad_position = torch.ops.acmix.window_attention_backward(
+        grad_out, q, k, v, position, out, lse, *ctx.sizes
+    )
+    return *grads, None if position is None else grad_position, None, None, None
+
+
+torch.library.register_autograd("acmix::window_attention", _backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.acmix.window_attention)
+def _flops(
+    q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any
+) -> int:
+    """Two products of every query with the window^2 taps, 2 operations a multiply-add."""
+    return 2 * 2 * window**2 * q.numel()
+
+
+@register_flop_formula(torch.ops.acmix.window_attention_backward)
+def _flops_backward(
+    grad_out: torch.Size,
+    q: Any,
+    k: Any,
+    v: Any,
+    position: Any,
+    out: Any,
+    lse: Any,
+    window: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Five: the logits again, the gradients of probabilities, queries, keys and values."""
+    return 5 * 2 * window**2 * grad_out.numel()

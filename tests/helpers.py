@@ -1,0 +1,40 @@
+"""What several test files share: one table of tolerances, and gradients of a random loss."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Largest error relative to the largest magnitude of the expected tensor, or to 0.1 where that is
+# larger: a gradient that is zero comes out as the rounding of its terms, which are of order 1.
+TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """function(*inputs) and the gradient of a fixed weighted sum of it for every input."""
+    leaves = [x.detach().clone().requires_grad_() if x is not None else None for x in inputs]
+    out = function(*leaves)
+    weights = torch.linspace(0, 40, out.numel(), dtype=torch.float64).sin().view_as(out)
+    loss = (out * weights.to(out.dtype)).sum()
+    gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
+    return [out.detach(), *gradients]
+
+
+def assert_all_close(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, what: str = ""
+) -> None:
+    assert len(actual) == len(expected)
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, f"{what} tensor {index}: {a.shape} against {e.shape}"
+        if e.numel() == 0:
+            continue
+        a, e = a.double(), e.double()
+        error = ((a - e).abs().max() / e.abs().max().clamp_min(0.1)).item()
+        assert error <= tolerance, f"{what} tensor {index}: relative error {error:.2e}"

@@ -1,0 +1,119 @@
+"""The convolution path: two steps, folded to one, and folded into the projection."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_all_close, outputs_and_gradients
+from torch import Tensor
+
+from acmix.ops import shift_convolution, shift_kernels
+from acmix.ops.shift_convolution import folded, reference
+
+PIECES, HEAD_DIM, OUT = 6, 4, 2
+
+CASES = pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation"),
+    [
+        ((5, 7), 3, 1, 1),
+        ((1, 1), 3, 1, 1),
+        ((1, 4), 5, 2, 1),
+        ((6, 9), 3, 2, 2),
+        ((8, 3), 1, 3, 1),
+    ],
+)
+
+
+def make_inputs(size: tuple[int, int], kernel: int) -> list[Tensor]:
+    taps = kernel**2
+    shapes = [
+        (2, PIECES, HEAD_DIM, *size),
+        (taps, PIECES),
+        (HEAD_DIM * OUT, taps, kernel, kernel),
+        (taps,),
+    ]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@CASES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_folded_is_the_reference(
+    size: tuple[int, int], kernel: int, stride: int, dilation: int, bias: bool
+) -> None:
+    inputs = make_inputs(size, kernel)[: 4 if bias else 3]
+
+    def run(form: str):
+        def function(
+            pieces: Tensor, fc: Tensor, shift: Tensor, fc_bias: Tensor | None = None
+        ) -> Tensor:
+            return shift_convolution(
+                pieces, fc, shift, fc_bias=fc_bias, stride=stride, dilation=dilation, form=form
+            )
+
+        return function
+
+    expected = outputs_and_gradients(run("reference"), inputs)
+    assert_all_close(outputs_and_gradients(run("folded"), inputs), expected, 1e-12)
+
+
+@CASES
+def test_dense_fold_has_the_exact_border(
+    size: tuple[int, int], kernel: int, stride: int, dilation: int
+) -> None:
+    _, fc, shift, fc_bias = make_inputs(size, kernel)
+    x = torch.randn(2, 5, *size, dtype=torch.float64)
+    weight = torch.randn(PIECES, HEAD_DIM, 5, dtype=torch.float64)
+    bias = torch.randn(PIECES, HEAD_DIM, dtype=torch.float64)
+
+    def two_steps(x: Tensor, weight: Tensor, bias: Tensor, *fold: Tensor) -> Tensor:
+        pieces = torch.einsum("jci,bihw->bjchw", weight, x) + bias[:, :, None, None]
+        return reference.forward(pieces, *fold, stride, dilation)
+
+    def dense(*inputs: Tensor) -> Tensor:
+        return folded.forward_dense(*inputs, stride, dilation)
+
+    inputs = [x, weight, bias, fc, shift, fc_bias]
+    expected = outputs_and_gradients(two_steps, inputs)
+    assert_all_close(outputs_and_gradients(dense, inputs), expected, 1e-12)
+
+
+@CASES
+def test_tensor_shifts_are_the_shift_kernels(
+    size: tuple[int, int], kernel: int, stride: int, dilation: int
+) -> None:
+    pieces, fc, _, fc_bias = make_inputs(size, kernel)
+    kernels = shift_kernels(HEAD_DIM * OUT, kernel, dtype=torch.float64)
+    expected = reference.forward(pieces, fc, kernels, fc_bias, stride, dilation)
+    actual = reference.forward_tensor_shifts(pieces, fc, OUT, fc_bias, stride, dilation)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+
+
+def test_a_convolution_is_shifted_pieces() -> None:
+    """The paper's Eq. 4 to 6: k^2 1x1 convolutions, shifted and summed, are the convolution."""
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    pieces = torch.einsum("oiuv,bihw->buvohw", weight, x).flatten(1, 2)
+    kernels = shift_kernels(4, 3, dtype=torch.float64)
+    actual = shift_convolution(pieces, torch.eye(9, dtype=torch.float64), kernels)
+    torch.testing.assert_close(actual, F.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pieces": torch.ones(2, 6, 5, 5)}, ValueError, "pieces: expected 5 dimensions"),
+        ({"fc_weight": torch.ones(9, 5)}, ValueError, r"fc_weight: expected shape \(9, 6\)"),
+        ({"shift_weight": torch.ones(8, 4, 2, 2)}, ValueError, "shift_weight: k: expected an odd"),
+        ({"shift_weight": torch.ones(8, 9, 3, 5)}, ValueError, "shift_weight: expected shape"),
+        ({"shift_weight": torch.ones(7, 9, 3, 3)}, ValueError, "shift_weight: channels: expected"),
+        ({"fc_bias": torch.ones(3)}, ValueError, r"fc_bias: expected shape \(9,\), got \(3,\)"),
+        ({"form": "fast"}, ValueError, "form: expected one of"),
+        ({"stride": 0}, ValueError, "stride: expected a positive int, got 0"),
+        ({"fc_weight": torch.ones(9, 6).half()}, TypeError, "fc_weight: expected the dtype"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> None:
+    pieces, fc, shift, _ = (x.float() for x in make_inputs((5, 5), 3))
+    arguments = {"pieces": pieces, "fc_weight": fc, "shift_weight": shift, **change}
+    with pytest.raises(error, match=message):
+        shift_convolution(**arguments)

@@ -1,0 +1,61 @@
+"""The package as a whole: what importing it loads, where its version stands, how the house is kept."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import acmix
+from acmix import ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_is_light() -> None:
+    script = """
+        import sys, acmix
+        heavy = ["triton", "lightning", "jsonargparse", "matplotlib", "sklearn", "torchmetrics"]
+        print([name for name in heavy if name in sys.modules])
+        print([line for line in open("/proc/self/maps") if "acmix" in line and "_kernel" in line]
+              if sys.platform == "linux" else [])
+    """
+    script = "\n".join(line.strip() for line in script.splitlines())
+    script = script.replace("\nif sys.platform", " if sys.platform")
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_version_stands_in_one_place() -> None:
+    assert importlib.metadata.version("acmix") == acmix.__version__
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == acmix.__version__
+
+
+def test_public_names_exist() -> None:
+    for module in (acmix, ops):
+        for name in module.__all__:
+            assert hasattr(module, name), f"{module.__name__}.{name}"
+
+
+def test_every_operator_has_a_reference_and_tests() -> None:
+    folders = [
+        path for path in (ROOT / "src/acmix/ops").iterdir() if (path / "__init__.py").exists()
+    ]
+    assert {"window_attention", "weighted_aggregation", "shift_convolution"} <= {
+        path.name for path in folders
+    }
+    for folder in folders:
+        assert (folder / "reference.py").exists(), folder.name
+        assert (ROOT / f"tests/ops/test_{folder.name}.py").exists(), folder.name
+
+
+def test_readme_shows_commands_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^ {4}make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands[:2] == ["demo", "test"]
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
