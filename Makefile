@@ -11,10 +11,10 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench asan clean
+.PHONY: help demo test lint format bench bench-networks clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train a small ACmix network on real digits; pictures in runs/digits/
 	@$(BIN)/acmix fit --config recipes/digits.yaml
@@ -30,6 +30,12 @@ lint: $(READY) ## lint, format and type checks over the whole tree
 format: $(READY) ## write the format that lint checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY) ## time and memory beside the 3x3 convolution, into benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+bench-networks: $(READY) ## the same with whole networks
+	$(BIN)/python benchmarks/run.py --networks
 
 clean: ## remove everything that make made, the environment too
 	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*

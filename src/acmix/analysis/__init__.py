@@ -1,0 +1,1 @@
+"""Looking into networks and runs: the two paths' weights, figures, the environment."""

@@ -1,0 +1,6 @@
+"""Kinds of data, one a file; `acmix fit --data NAME` chooses one."""
+
+from acmix.data.base import ImageData
+from acmix.data.digits import Digits
+
+__all__ = ["Digits", "ImageData"]

@@ -1,0 +1,86 @@
+"""What every kind of data gives: two sets of images, the class names, and loaders around them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Sample = tuple[Tensor, int]
+
+
+class ImageData(LightningDataModule):
+    """Images with a class each. A kind of data is a subclass that names its classes and its sets.
+
+    `class_names` must be known once the object is made: the network's head is built from it.
+    `mean` and `std` (one number a channel) are what the images were normalised with.
+    """
+
+    in_chans: ClassVar[int] = 3
+    mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
+    std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
+    class_names: list[str]
+
+    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+        """Keep the loader options.
+
+        Args:
+            batch_size: Images a step on each device.
+            num_workers: Processes that load images; 0 loads in the training process.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @abstractmethod
+    def train_set(self) -> Dataset[Sample]:
+        """Images to learn from, augmented, as (image (C, H, W), class) pairs."""
+
+    @abstractmethod
+    def val_set(self) -> Dataset[Sample]:
+        """Held-out images, as (image (C, H, W), class) pairs."""
+
+    def test_set(self) -> Dataset[Sample]:
+        """Images for `acmix test` and `predict`: the held-out ones unless there are others."""
+        return self.val_set()
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        data = self.train_set()
+        full_batches_only = len(data) >= self.batch_size  # type: ignore[arg-type]
+        return self._loader(data, shuffle=True, drop_last=full_batches_only)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.val_set())
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.test_set())
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.test_set())
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> the same in [0, 1], for pictures."""
+        shape = (1, -1, 1, 1)
+        mean, std = torch.tensor(self.mean).view(shape), torch.tensor(self.std).view(shape)
+        return (images.float().cpu() * std + mean).clamp(0, 1)
+
+    def _loader(
+        self, data: Dataset[Sample], *, shuffle: bool = False, drop_last: bool = False
+    ) -> DataLoader[Sample]:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

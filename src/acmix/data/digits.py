@@ -1,0 +1,91 @@
+"""The 1,797 handwritten digits (8 x 8 pixels) that scikit-learn ships: real data, no download.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from acmix.data.base import ImageData, Sample
+
+
+class Digits(ImageData):
+    """Handwritten digits 0 to 9, one channel of 8 x 8; a stratified part is held out."""
+
+    in_chans: ClassVar[int] = 1
+    mean: ClassVar[tuple[float, ...]] = (0.305,)
+    std: ClassVar[tuple[float, ...]] = (0.376,)
+
+    def __init__(
+        self,
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        max_shift: int = 1,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        """Keep the options.
+
+        Args:
+            val_fraction: Part of every class that is held out.
+            split_seed: Seed of the choice of held-out images; apart from the training seed, so
+                that runs with different seeds are measured on the same images.
+            max_shift: Training images are moved by up to this many pixels each way.
+            batch_size: Images a step on each device.
+            num_workers: Processes that load images; 0 loads in the training process.
+        """
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        if max_shift < 0:
+            raise ValueError(f"max_shift must be at least 0, got {max_shift}")
+        self.class_names = [str(digit) for digit in range(10)]
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.max_shift = max_shift
+
+    def train_set(self) -> Dataset[Sample]:
+        return DigitImages(*self._split()[0], max_shift=self.max_shift)
+
+    def val_set(self) -> Dataset[Sample]:
+        return DigitImages(*self._split()[1])
+
+    def _split(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """((training images, classes), (held-out images, classes)), images (B, 1, 8, 8)."""
+        pixels, classes = load_digits(return_X_y=True)
+        train, val = train_test_split(
+            range(len(classes)),
+            test_size=self.val_fraction,
+            random_state=self.split_seed,
+            stratify=classes,
+        )
+        images = (torch.from_numpy(pixels / 16).float() - self.mean[0]) / self.std[0]
+        images, labels = images.view(-1, 1, 8, 8), torch.from_numpy(classes)
+        return (images[train], labels[train]), (images[val], labels[val])
+
+
+class DigitImages(Dataset[Sample]):
+    """Images (B, 1, H, W) and classes (B,), each image moved at random by up to `max_shift`."""
+
+    def __init__(self, images: Tensor, classes: Tensor, max_shift: int = 0) -> None:
+        background = images.amin()
+        self.height, self.width = images.shape[-2:]
+        self.images = F.pad(images, (max_shift,) * 4, value=float(background))
+        self.classes = classes.tolist()
+        self.max_shift = max_shift
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> Sample:
+        top, left = torch.randint(0, 2 * self.max_shift + 1, (2,)).tolist()
+        image = self.images[index, :, top : top + self.height, left : left + self.width]
+        return image, self.classes[index]

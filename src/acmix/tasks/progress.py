@@ -1,0 +1,101 @@
+"""The progress of a training run: loss, images/s, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from acmix.tasks.callbacks import History
+
+SECONDS_BETWEEN_UPDATES = 0.25
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainingBar(ProgressBar):
+    """One bar over all epochs, which Lightning's bars lack; lines where there is no terminal."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__()
+        self.history = history
+        self._console = Console(stderr=True)
+        self._enabled = True
+        self._updated = self._printed = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
+        known = epochs > 0 and batches != float("inf")
+        self._task = self._bar.add_task(
+            "starting",
+            total=epochs * batches if known else None,
+            completed=int(trainer.current_epoch * batches) if known else 0,
+            metrics="",
+        )
+        self._printed = time.monotonic()
+        if self._enabled and self._console.is_terminal:
+            self._bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._bar.advance(self._task)
+        now = time.monotonic()
+        if now - self._updated > SECONDS_BETWEEN_UPDATES:
+            self._updated = now
+            self._update(trainer, float(outputs["loss"]))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._update(trainer, float(trainer.callback_metrics["train_loss"]))
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        due = time.monotonic() - self._printed > SECONDS_BETWEEN_LINES
+        if self._enabled and not self._console.is_terminal and (due or last):
+            self._printed = time.monotonic()
+            task = self._bar.tasks[0]
+            left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+            print(task.description, task.fields["metrics"], left, sep="  ", flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def _update(self, trainer: Trainer, loss: float) -> None:
+        epochs = trainer.max_epochs or -1
+        accuracy = trainer.callback_metrics.get("val_accuracy")
+        held_out = f"  held-out {float(accuracy):.1%}" if accuracy is not None else ""
+        self._bar.update(
+            self._task,
+            description=f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else ""),
+            metrics=f"loss {loss:.3f}{held_out}  {self.history.images_per_second:.0f} images/s",
+        )

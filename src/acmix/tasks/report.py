@@ -1,0 +1,111 @@
+"""What a finished run leaves: pictures, a summary to repeat it by, a short table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from acmix.analysis import environment, figures
+from acmix.data import ImageData
+from acmix.tasks.callbacks import HeldOut, History
+
+SHOWN = 40
+
+
+def write(
+    run: Path,
+    network: nn.Module,
+    data: ImageData,
+    history: History,
+    held_out: HeldOut,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the pictures and `summary.json` into the run folder; return the summary."""
+    figures.save(figures.curves(history.epochs), run / "curves.png")
+    figures.save(figures.mix(history.mix), run / "mix.png")
+    figures.save(draw_predictions(data, held_out), run / "predictions.png")
+    summary = summarise(network, data, history, config)
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(
+    network: nn.Module, data: ImageData, history: History, config: dict[str, Any]
+) -> dict[str, Any]:
+    last = history.epochs[-1] if history.epochs else {}
+    return {
+        "model": config["model"]["name"],
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "classes": data.class_names,
+        "epochs": last.get("epoch", 0),
+        "steps": last.get("step", 0),
+        "seed": config["seed_everything"],
+        **{name: value for name, value in last.items() if name.endswith(("_loss", "_accuracy"))},
+        "train_seconds": sum(row["train_seconds"] for row in history.epochs),
+        "images_per_second": median([row["images_per_second"] for row in history.epochs] or [0.0]),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "devices": environment.devices(),
+        "config": config,
+    }
+
+
+def draw_predictions(data: ImageData, held_out: HeldOut) -> figures.Figure:
+    """The held-out images of the last validation, mistakes first, up to SHOWN of them."""
+    pairs = list(zip(held_out.truth, held_out.predicted, strict=True))
+    wrong = sum(truth != predicted for truth, predicted in pairs)
+    kept = sorted(held_out.images, key=lambda index: pairs[index][0] == pairs[index][1])[:SHOWN]
+    names = data.class_names
+    shown = "first" if wrong <= SHOWN else f"in part ({SHOWN})"
+    return figures.predictions(
+        [to_picture(data, held_out.images[index]) for index in kept],
+        [names[pairs[index][0]] for index in kept],
+        [names[pairs[index][1]] for index in kept],
+        [held_out.confidence[index] for index in kept],
+        title=f"{wrong} mistakes in {len(pairs)} held-out images, shown {shown}; "
+        "above each the prediction and its confidence",
+    )
+
+
+def to_picture(data: ImageData, image: Tensor) -> Any:
+    """A normalised image (C, H, W) -> (H, W) or (H, W, 3) in [0, 1]."""
+    pixels = data.to_pixels(image[None])[0].permute(1, 2, 0).numpy()
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def show(run: Path, summary: dict[str, Any], console: Console) -> None:
+    """The table at the end of a run, and commands to go on with."""
+    rows = {
+        "held-out accuracy": f"{summary.get('val_accuracy', float('nan')):.2%}",
+        "network": f"{summary['model']}, {summary['parameters']:,} parameters",
+        "training": f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, "
+        f"{summary['images_per_second']:,.0f} images/s",
+        "loss and accuracy": f"{run}/curves.png",
+        "alpha, beta by layer": f"{run}/mix.png",
+        "right and wrong": f"{run}/predictions.png",
+        "numbers": f"{run}/metrics.csv, mix.csv, summary.json",
+        "checkpoint": f"{run}/checkpoints/last.ckpt",
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    console.print("\nNext, for example:")
+    for command in next_commands(run, summary["model"]):
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def next_commands(run: Path, model: str) -> list[str]:
+    again = f"acmix fit --config {run}/config.yaml"
+    commands = [f"acmix validate {run}", f"acmix predict {run}"]
+    if model.endswith("_acmix"):
+        baseline = model.removesuffix("_acmix") + "_conv"
+        commands.append(f"{again} --model.name {baseline} --run {run}-conv")
+    return [*commands, f"{again} --seed_everything 1 --run {run}-seed1"]

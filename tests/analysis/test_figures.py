@@ -1,0 +1,94 @@
+"""Pictures from plain data, edge cases first: they are drawn, readable as PNG, and not blank."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from acmix.analysis import figures
+
+EPOCHS = [
+    {
+        "epoch": epoch,
+        "train_loss": 2 / epoch,
+        "train_accuracy": 1 - 0.5 / epoch,
+        "val_loss": 1 / epoch,
+        "val_accuracy": 1 - 0.4 / epoch,
+    }
+    for epoch in range(1, 6)
+]
+
+
+def mix_rows(layers, epochs=3, alpha=0.6, beta=0.4):
+    return [
+        {"epoch": epoch, "layer": f"layer{index}", "alpha": alpha, "beta": beta}
+        for epoch in range(epochs)
+        for index in range(layers)
+    ]
+
+
+def drawn(figure, path):
+    """The picture as written; fails where it is blank."""
+    pixels = matplotlib.image.imread(figures.save(figure, path))
+    assert pixels.std() > 0.01
+    return pixels
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 5])
+def test_curves(tmp_path, epochs):
+    drawn(figures.curves(EPOCHS[:epochs]), tmp_path / "curves.png")
+
+
+def test_curves_without_validation(tmp_path):
+    rows = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}]
+    figure = figures.curves(rows)
+    drawn(figure, tmp_path / "curves.png")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy"]
+
+
+def test_curves_name_the_final_accuracy():
+    assert "92.0%" in figures.curves(EPOCHS).axes[1].get_title(loc="left")
+
+
+@pytest.mark.parametrize("layers", [1, 3, 16])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_mix(tmp_path, layers, epochs):
+    figure = figures.mix(mix_rows(layers, epochs))
+    drawn(figure, tmp_path / "mix.png")
+    assert len(figure.axes[0].lines) == len(figure.axes[1].lines) == layers
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(None, 1.0), (1.0, None), (0.0, 0.5), (-0.2, 0.5)])
+def test_mix_of_missing_zero_and_negative_weights(tmp_path, alpha, beta):
+    drawn(figures.mix(mix_rows(2, alpha=alpha, beta=beta)), tmp_path / "mix.png")
+
+
+def test_mix_without_layers_says_so(tmp_path):
+    figure = figures.mix([])
+    drawn(figure, tmp_path / "mix.png")
+    assert "no layer" in figure.axes[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "expected"),
+    [(1.0, 1.0, 0.0), (np.e, -1.0, 1.0), (None, 1.0, np.nan), (0.0, 1.0, np.nan)],
+)
+def test_log_ratio(alpha, beta, expected):
+    np.testing.assert_allclose(figures.log_ratio(alpha, beta), expected)
+
+
+@pytest.mark.parametrize("mistakes", [0, 1, 10])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_predictions_show_mistakes_first(tmp_path, mistakes, shape):
+    images = [np.full(shape, 0.5) for _ in range(10)]
+    truth = ["a"] * 10
+    predicted = ["a"] * (10 - mistakes) + ["b"] * mistakes
+    figure = figures.predictions(images, truth, predicted, [0.9] * 10, "title")
+    drawn(figure, tmp_path / "predictions.png")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title.startswith("✗") for title in titles[:10]] == [True] * mistakes + [False] * (
+        10 - mistakes
+    )
+
+
+def test_predictions_without_images(tmp_path):
+    drawn(figures.predictions([], [], [], [], "title"), tmp_path / "predictions.png")

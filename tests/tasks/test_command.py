@@ -1,0 +1,188 @@
+"""Training end to end through the command line: every file of a run, and going on with it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from acmix.cli import main
+from acmix.tasks.callbacks import WholeFileCheckpointIO
+from acmix.tasks.classification import Classification
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
+SHORT = ["--trainer.limit_train_batches", "4", "--trainer.max_epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def fit(run, *options):
+    return main(["fit", "--config", str(RECIPE), "--run", str(run), *SHORT, *options])
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(run):
+    path = run / "checkpoints" / "last.ckpt"
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished short run, shared; whoever writes into it copies it first."""
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    threads = torch.get_num_threads()
+    assert fit(folder) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_files_of_a_run(run):
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert found == {
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "curves.png",
+        "metrics.csv",
+        "mix.csv",
+        "mix.png",
+        "predictions.png",
+        "summary.json",
+    }
+
+
+def test_metrics_have_a_full_row_an_epoch(run):
+    rows = rows_of(run / "metrics.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8")]
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second"):
+        assert all(float(row[name]) > 0 for row in rows), name
+
+
+def test_mix_starts_before_training(run):
+    rows = rows_of(run / "mix.csv")
+    assert {row["epoch"] for row in rows} == {"0", "1", "2"}
+    assert {row["layer"] for row in rows} == {f"layer{stage}.0.conv2" for stage in (1, 2, 3)}
+    assert all(float(row["alpha"]) == 0.5 for row in rows if row["epoch"] == "0")
+    assert all(float(row["alpha"]) != 0.5 for row in rows if row["epoch"] == "2")
+
+
+@pytest.mark.parametrize("name", ["curves", "mix", "predictions"])
+def test_pictures(run, name):
+    pixels = matplotlib.image.imread(run / f"{name}.png")
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.05
+
+
+def test_summary(run):
+    summary = json.loads((run / "summary.json").read_text())
+    network = Classification.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert summary["parameters"] == sum(weight.numel() for weight in network.parameters())
+    assert summary["val_accuracy"] == float(rows_of(run / "metrics.csv")[-1]["val_accuracy"])
+    assert (summary["epochs"], summary["steps"], summary["seed"]) == (2, 8, 0)
+    assert summary["config"]["model"]["name"] == "resnet11_tiny_acmix"
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_class_names_are_kept_with_the_checkpoint(run):
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    assert checkpoint["hyper_parameters"]["class_names"] == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_measures_as_it_did_in_training(run, command, capsys):
+    assert main([command, str(run)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if "_" in line)
+    last = rows_of(run / "metrics.csv")[-1]
+    stage = {"validate": "val", "test": "test"}[command]
+    assert printed[f"{stage}_accuracy"] == f"{float(last['val_accuracy']):.2%}"
+    assert float(printed[f"{stage}_loss"]) == pytest.approx(float(last["val_loss"]), abs=1e-4)
+
+
+def test_predict_writes_a_row_an_image(run):
+    assert main(["predict", str(run / "checkpoints" / "best.ckpt")]) == 0
+    rows = rows_of(run / "predictions.csv")
+    (run / "predictions.csv").unlink()
+    assert len(rows) == 360
+    assert all(row["class"] in "0123456789" for row in rows)
+    assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
+
+
+def test_the_same_seed_gives_the_same_weights_and_an_earlier_run_is_kept(run, tmp_path, capsys):
+    again = tmp_path / "run"
+    assert fit(again) == 0
+    first, second = weights_of(run), weights_of(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert fit(again, "--trainer.max_epochs", "1", "--seed_everything", "1") == 0
+    assert f"{again} held an earlier run, which is now {again}.1" in capsys.readouterr().err
+    assert len(rows_of(tmp_path / "run.1" / "metrics.csv")) == 2
+    assert len(rows_of(again / "metrics.csv")) == 1
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    assert fit(folder, "--trainer.max_epochs", "1") == 0
+    first = rows_of(folder / "metrics.csv")
+    assert fit(folder, "--ckpt_path", "last") == 0
+    rows = rows_of(folder / "metrics.csv")
+    assert rows[:1] == first
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_network_without_the_operator(tmp_path):
+    folder = tmp_path / "run"
+    assert fit(folder, "--model.name", "resnet11_tiny_conv", "--trainer.max_epochs", "1") == 0
+    assert (folder / "mix.png").is_file()
+    assert not (folder / "mix.csv").exists()
+
+
+def test_another_set_of_classes_is_refused(run):
+    network = Classification("resnet11_tiny_conv", ["cat", "dog"], in_chans=1)
+    path = run / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="the checkpoint knows 10 classes"):
+        network.on_load_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def test_a_failed_write_keeps_the_last_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    WholeFileCheckpointIO().save_checkpoint({"step": 1}, path)
+    with pytest.raises(Exception, match=r"pickle|local"):
+        WholeFileCheckpointIO().save_checkpoint({"step": lambda: 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_ctrl_c_says_what_is_saved(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "acmix.cli", "fit", "--config", str(RECIPE)]
+    process = subprocess.Popen(
+        [*command, "--run", str(folder), "--trainer.limit_train_batches", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1].strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert message.startswith("Stopped in epoch")
+    assert f"{folder}/checkpoints/last.ckpt holds the end of epoch" in message

@@ -1,0 +1,123 @@
+"""The command line: help, info, and mistakes told in one line with exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import acmix
+from acmix import cli
+from acmix.cli import main
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+
+
+def mistake(capsys, *args):
+    """What is said about a mistake: one line on stderr, exit code 2."""
+    assert main(list(args)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err.strip()
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands_with_examples(capsys, args):
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    for command in ("info", "fit", "validate", "test", "predict"):
+        assert f"\n  {command} " in out
+    assert "acmix fit --config recipes/digits.yaml" in out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"acmix {acmix.__version__}\n"
+
+
+def test_info_names_versions_devices_and_every_backend(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "timm", "python", "device", *acmix.ops.backends()):
+        assert word in out
+    assert all(line.split()[-1] for line in out.splitlines())
+
+
+def test_info_and_help_load_no_lightning():
+    code = (
+        "import sys; from acmix.cli import main; main(['info']); main(['--help']);"
+        "assert not {'lightning', 'jsonargparse', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_of_a_command_ends_with_examples(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: acmix {command}" in out
+    assert f"\n  acmix {command} " in out[out.index("examples:") :]
+
+
+def test_without_the_train_extra(capsys, monkeypatch):
+    found = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else found(name))
+    said = mistake(capsys, "fit", "--config", RECIPE)
+    assert said == "acmix fit: needs lightning: pip install 'acmix[train]'"
+    assert main(["info"]) == 0
+    assert "pip install 'acmix[train]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["fot"], "did you mean fit?"),
+        (["info", "--all"], "got --all"),
+        (["fit"], "model.name, data (or take them from a recipe"),
+        (["fit", "--config", "none.yaml"], "none.yaml"),
+        (["fit", "--config", RECIPE, "--model.nam", "x"], "did you mean model.name?"),
+        (
+            ["fit", "--config", RECIPE, "--trainer.max_epoch", "3"],
+            "did you mean trainer.max_epochs?",
+        ),
+        (["fit", "--config", RECIPE, "--data.val_frac", "1"], "did you mean data.val_fraction?"),
+        (["fit", "--config", RECIPE, "--data", "Digit"], "did you mean Digits?"),
+        (["fit", "--config", RECIPE, "--model.name", "resnet11_tiny_acmx"], "resnet11_tiny_acmix?"),
+        (["fit", "--config", RECIPE, "--model.opt", "adamww"], "did you mean adamw?"),
+        (["fit", "--config", RECIPE, "--model.sched", "cosin"], "did you mean cosine?"),
+        (["fit", "--config", RECIPE, "--trainer.max_epochs", "many"], "expected int, got 'many'"),
+        (["fit", "--config", RECIPE, "--threads", "0"], "threads: "),
+        (["fit", "--config", RECIPE, "--data.val_fraction", "1.5"], "val_fraction must lie"),
+        (["fit", "--config", RECIPE, "--model.model_kwargs.foo", "3"], "'foo'"),
+        (["fit", "--config", RECIPE, "--trainer.accelerator", "tpu"], "torch_xla"),
+        (["fit", "--config", RECIPE, "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
+        (["validate"], "name a run"),
+        (["validate", "no/such/run"], "no/such/run is no run folder"),
+        (["predict", "--config", RECIPE, "--run", "no/such/run"], "no checkpoint at no/such/run"),
+    ],
+    ids=lambda value: " ".join(value).replace(RECIPE, "RECIPE") if isinstance(value, list) else "",
+)
+def test_mistakes(capsys, monkeypatch, tmp_path, args, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in mistake(capsys, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_key_in_a_configuration(capsys, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(Path(RECIPE).read_text().replace("smoothing:", "smothing:"))
+    assert "did you mean model.smoothing?" in mistake(capsys, "fit", "--config", str(config))
+
+
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = mistake(capsys, "fit", "--config", RECIPE, "--run", str(tmp_path / "file" / "run"))
+    assert str(tmp_path / "file") in said
+
+
+def test_debug_shows_where(monkeypatch):
+    with pytest.raises(cli.UserError):
+        main(["--debug", "fot"])
