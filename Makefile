@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-networks clean
+.PHONY: help demo test lint format bench bench-networks asan clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: $(READY) ## time and memory beside the 3x3 convolution, into benchmarks/r
 
 bench-networks: $(READY) ## the same with whole networks
 	$(BIN)/python benchmarks/run.py --networks
+
+asan: ## the CPU kernel under the address and undefined-behaviour sanitizers
+	sh tests/asan/build.sh build/asan
 
 clean: ## remove everything that make made, the environment too
 	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*

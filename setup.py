@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,7 +63,7 @@ class BuildKernel(build_ext):
         except Exception as error:
             if asked("ACMIX_REQUIRE_NATIVE"):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = textwrap.shorten(str(error) or type(error).__name__, 120)
             self.leave_out(ext, reason_file, f"it could not be compiled at install: {reason}")
 
     def leave_out(self, ext: Extension, reason_file: Path, reason: str) -> None:

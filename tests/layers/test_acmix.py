@@ -273,14 +273,14 @@ def test_compile_with_dynamic_sizes(backend: str) -> None:
     layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     sizes = [(2, 7, 9), (3, 12, 10), (2, 33, 17)]
-    check_compiled(layer, compiled, sizes)
-    # In training nn.Conv2d itself recompiles for each size (PyTorch 2.14), in inference nothing
-    # may.
-    torch.compiler.reset()
+    # PyTorch recompiles nn.Conv2d itself for each size in training; in inference nothing may.
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for batch, height, width in sizes:
             x = torch.randn(batch, 6, height, width)
             torch.testing.assert_close(compiled(x), layer(x))
+    if torch.__version__ < (2, 8):
+        pytest.skip("before 2.8 torch.compile fails on the backward pass of dynamic sizes")
+    check_compiled(layer, compiled, sizes)
 
 
 def check_compiled(

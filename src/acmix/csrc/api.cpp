@@ -209,9 +209,19 @@ struct Call {
   }
 };
 
+// A band of rows for each thread, as a bound in floating point, which does not overflow.
+bool affordable(const Geometry& g) {
+  const double rows = static_cast<double>(g.key_ring) * static_cast<double>(g.key_pitch) +
+                      static_cast<double>(g.query_ring) * static_cast<double>(g.query_pitch);
+  const double planes = static_cast<double>(g.channels) + static_cast<double>(g.taps);
+  return rows * planes * static_cast<double>(g.head_group) < 1e11;
+}
+
 template <class Job>
-int run(const Job& job, int64_t threads, int64_t scratch,
+int run(const Job& job, int64_t threads, int64_t (*scratch_size)(const Geometry&),
         void (*task)(const Job&, int64_t, float*)) {
+  if (!affordable(job.g)) return kNoMemory;
+  const int64_t scratch = scratch_size(job.g);
   const Call<Job> call{task, &job};
   const int64_t tasks = job.g.batch * job.g.groups * job.g.chunks;
   return run_tasks(threads, tasks, scratch, Call<Job>::run, &call) ? kOk : kNoMemory;
@@ -241,7 +251,7 @@ int attention_forward(const Problem& p, const Tensor& q, const Tensor& k, const 
   job.lse = lse;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
   const Kernels& kernels = *simd().kernels;
-  return run(job, threads, kernels.attention_forward_scratch(job.g), kernels.attention_forward);
+  return run(job, threads, kernels.attention_forward_scratch, kernels.attention_forward);
 }
 
 int attention_backward(const Problem& p, Attention job, int64_t threads, float* grad_position) {
@@ -262,7 +272,7 @@ int attention_backward(const Problem& p, Attention job, int64_t threads, float* 
   }
   const Kernels& kernels = *simd().kernels;
   const int status =
-      run(job, threads, kernels.attention_backward_scratch(job.g), kernels.attention_backward);
+      run(job, threads, kernels.attention_backward_scratch, kernels.attention_backward);
   if (grad_position) sum_position_gradient(job.g, by_row, grad_position);
   return status;
 }
@@ -284,6 +294,9 @@ using acmix::Problem;
 using acmix::Tensor;
 
 ACMIX_EXPORT int acmix_interface() { return 1; }
+
+// GOMP_parallel of the OpenMP runtime that the caller uses, or null.
+ACMIX_EXPORT void acmix_lend_threads(acmix::ParallelRegion region) { acmix::lend_threads(region); }
 
 ACMIX_EXPORT const char* acmix_simd() { return acmix::simd().name; }
 
@@ -357,7 +370,7 @@ ACMIX_EXPORT int acmix_aggregation_forward(const Problem* p, const Tensor* weigh
     job.value = *v;
     job.out = *out;
     const acmix::Kernels& kernels = *acmix::simd().kernels;
-    return acmix::run(job, threads, kernels.aggregation_forward_scratch(job.g),
+    return acmix::run(job, threads, kernels.aggregation_forward_scratch,
                       kernels.aggregation_forward);
   });
 }
@@ -391,7 +404,7 @@ ACMIX_EXPORT int acmix_aggregation_backward(const Problem* p, const Tensor* grad
     job.grad_weight = *grad_weight;
     job.grad_value = *grad_v;
     const acmix::Kernels& kernels = *acmix::simd().kernels;
-    return acmix::run(job, threads, kernels.aggregation_backward_scratch(job.g),
+    return acmix::run(job, threads, kernels.aggregation_backward_scratch,
                       kernels.aggregation_backward);
   });
 }

@@ -13,62 +13,95 @@ struct Float16 {
   uint16_t bits;
 };
 
-ACMIX_INLINE float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+// The conversions below are written once for a number and, where the compiler has vectors, for a
+// vector of them: F holds floats, U unsigned 32-bit integers, as many.
+
+template <class To, class From>
+ACMIX_INLINE To reinterpret(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
 }
 
-ACMIX_INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
+template <class F, class U>
+ACMIX_INLINE F widen(U bits, Bfloat16) {
+  return reinterpret<F>(bits << 16);
+}
+
+// The 15 low bits, read as a float, are 2^-112 times the number, subnormals included.
+template <class F, class U>
+ACMIX_INLINE F widen(U bits, Float16) {
+  const U magnitude = (bits & 0x7fffu) << 13;
+  const U finite = reinterpret<U>(reinterpret<F>(magnitude) * 5.192296858534828e33f);
+  const U value = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
+  return reinterpret<F>(value | ((bits & 0x8000u) << 16));
+}
+
+template <class U, class F>
+ACMIX_INLINE U narrow(F x, Bfloat16) {
+  const U bits = reinterpret<U>(x);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded;
+}
+
+// Round to nearest even; below the smallest normal number an addition does the rounding.
+template <class U, class F>
+ACMIX_INLINE U narrow(F x, Float16) {
+  const U sign = reinterpret<U>(x) & 0x80000000u;
+  const U magnitude = reinterpret<U>(x) ^ sign;
+  const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U subnormal = reinterpret<U>(reinterpret<F>(magnitude) + 0.5f) - 0x3f000000u;
+  const U infinite = (magnitude & 0u) | 0x7c00u;
+  const U special = magnitude > 0x7f800000u ? (infinite | 0x200u) : infinite;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  const U value = magnitude >= 0x47800000u ? special : finite;
+  return value | (sign >> 16);
 }
 
 ACMIX_INLINE float to_float(float x) { return x; }
 
-ACMIX_INLINE float to_float(Bfloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-
-// The 15 low bits, read as a float, are 2^-112 times the number, subnormals included.
-ACMIX_INLINE float to_float(Float16 x) {
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const uint32_t finite = to_bits(from_bits(magnitude) * 5.192296858534828e33f);
-  const uint32_t value = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
-  return from_bits(value | ((x.bits & 0x8000u) << 16));
+template <class T>
+ACMIX_INLINE float to_float(T x) {
+  return widen<float>(static_cast<uint32_t>(x.bits), x);
 }
 
 ACMIX_INLINE void assign(float& to, float x) { to = x; }
 
-ACMIX_INLINE void assign(Bfloat16& to, float x) {
-  const uint32_t bits = to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
-}
-
-// Round to nearest even; below the smallest normal number an addition does the rounding.
-ACMIX_INLINE void assign(Float16& to, float x) {
-  const uint32_t sign = to_bits(x) & 0x80000000u;
-  const uint32_t magnitude = to_bits(x) ^ sign;
-  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t value = magnitude >= 0x47800000u ? special : finite;
-  to.bits = static_cast<uint16_t>(value | (sign >> 16));
+template <class T>
+ACMIX_INLINE void assign(T& to, float x) {
+  to.bits = static_cast<uint16_t>(narrow<uint32_t>(x, to));
 }
 
 template <int N, class T>
 ACMIX_INLINE Float<N> load_as_float(const T* p) {
-  float lanes[N];
-  for (int i = 0; i < N; i++) lanes[i] = to_float(p[i]);
-  return load<N>(lanes);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return load<N>(p);
+  } else {
+#if defined(ACMIX_VECTOR_EXTENSION)
+    Short<N> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return widen<Float<N>>(__builtin_convertvector(bits, Unsigned<N>), T{});
+#else
+    Float<N> v;
+    for (int i = 0; i < N; i++) v.lane[i] = to_float(p[i]);
+    return v;
+#endif
+  }
 }
 
 template <int N, class T>
 ACMIX_INLINE void store_from_float(T* p, Float<N> v) {
-  float lanes[N];
-  store<N>(lanes, v);
-  for (int i = 0; i < N; i++) assign(p[i], lanes[i]);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    store<N>(p, v);
+  } else {
+#if defined(ACMIX_VECTOR_EXTENSION)
+    const Short<N> bits = __builtin_convertvector(narrow<Unsigned<N>>(v, T{}), Short<N>);
+    std::memcpy(p, &bits, sizeof bits);
+#else
+    for (int i = 0; i < N; i++) assign(p[i], v.lane[i]);
+#endif
+  }
 }
 
 // Four vectors of four lanes, rows for columns.

@@ -5,6 +5,10 @@
 #include "rows.h"
 #include "window.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace {
 
 using acmix::Aggregation;
@@ -18,13 +22,22 @@ constexpr float kLn2 = 0.6931471805599453f;
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hands out scratch; with a null start it only counts.
+// Hands out scratch; with a null start it only counts. Under the address sanitizer a gap that must
+// not be touched follows each piece.
 class Scratch {
  public:
   explicit Scratch(float* start) : start_(start) {}
   float* floats(int64_t count) {
     float* here = start_ ? start_ + used_ : nullptr;
     used_ += (count + 15) / 16 * 16;
+#if defined(__SANITIZE_ADDRESS__)
+    used_ += 16;
+    if (here) {
+      __asan_unpoison_memory_region(here, static_cast<size_t>(start_ + used_ - here) * 4);
+      __asan_poison_memory_region(here + count,
+                                  static_cast<size_t>(start_ + used_ - here - count) * 4);
+    }
+#endif
     return here;
   }
   template <class T>
@@ -270,23 +283,46 @@ struct ForwardScratch {
         weight_offset(s.array<int64_t>(g.window)) {}
 };
 
+// Sums over taps run in several parts: shorter chains for the machine, smaller rounding errors.
+constexpr int kParts = 4;
+
+template <int N>
+struct Sum {
+  Float<N> part[kParts];
+
+  Sum() {
+    for (Float<N>& p : part) p = splat<N>(0.0f);
+  }
+  Float<N> total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
+};
+
+// Calls body(tap, part) for every tap, the parts in turn.
+template <class Body>
+ACMIX_INLINE void for_taps(int64_t taps, const Body& body) {
+  int64_t t = 0;
+  for (; t + kParts <= taps; t += kParts) {
+    ACMIX_UNROLL
+    for (int i = 0; i < kParts; i++) body(t + i, i);
+  }
+  for (; t < taps; t++) body(t, 0);
+}
+
 // The largest logit, and in place of the logits 2^(logit - largest), with their sum.
 template <int N>
 void exponentiate(float* logits, int64_t taps, Float<N>& largest, Float<N>& sum) {
-  Float<N> m[2] = {load<N>(logits), load<N>(logits)};
-  int64_t t = 1;
-  for (; t + 2 <= taps; t += 2) {
-    m[0] = max<N>(m[0], load<N>(logits + t * N));
-    m[1] = max<N>(m[1], load<N>(logits + t * N + N));
-  }
-  for (; t < taps; t++) m[0] = max<N>(m[0], load<N>(logits + t * N));
-  largest = max<N>(m[0], m[1]);
-  sum = splat<N>(0.0f);
-  for (t = 0; t < taps; t++) {
+  Float<N> m[kParts];
+  for (Float<N>& part : m) part = load<N>(logits);
+  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
+    m[i] = max<N>(m[i], load<N>(logits + t * N));
+  });
+  largest = max<N>(max<N>(m[0], m[1]), max<N>(m[2], m[3]));
+  Sum<N> s;
+  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
     const Float<N> p = exp2<N>(load<N>(logits + t * N) - largest);
-    sum += p;
+    s.part[i] += p;
     store<N>(logits + t * N, p);
-  }
+  });
+  sum = s.total();
 }
 
 struct Attend {
@@ -508,19 +544,24 @@ struct BackwardScratch {
   }
 };
 
-// In place: logits become probabilities P, their gradients dP become P (dP - sum of P dP).
+// In place: logits become probabilities P, their gradients dP become P (dP - sum of P dP). The sum
+// of P is taken again: a rounded log-sum-exp alone would leave it an ulp of a large number from 1.
 template <int N>
 void softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pitch,
                       Float<N> lse) {
-  Float<N> delta = splat<N>(0.0f);
-  for (int64_t t = 0; t < taps; t++) {
+  Sum<N> sum, product;
+  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
     const Float<N> p = exp2<N>(load<N>(logits + t * pitch) - lse);
-    delta += p * load<N>(gradients + t * pitch);
+    sum.part[i] += p;
+    product.part[i] += p * load<N>(gradients + t * pitch);
     store<N>(logits + t * pitch, p);
-  }
+  });
+  const Float<N> inverse = splat<N>(1.0f) / sum.total();
+  const Float<N> delta = product.total() * inverse;
   for (int64_t t = 0; t < taps; t++) {
-    const Float<N> d = load<N>(gradients + t * pitch) - delta;
-    store<N>(gradients + t * pitch, load<N>(logits + t * pitch) * d);
+    const Float<N> p = load<N>(logits + t * pitch) * inverse;
+    store<N>(logits + t * pitch, p);
+    store<N>(gradients + t * pitch, p * (load<N>(gradients + t * pitch) - delta));
   }
 }
 

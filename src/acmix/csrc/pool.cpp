@@ -107,24 +107,34 @@ class Pool {
   int64_t workers_ = 0, wanted_ = 0, busy_ = 0;
 };
 
-// Never destroyed: its threads may outlive the static objects. A forked child has none of its
-// parent's threads, so it starts a pool of its own.
+// Never destroyed: its threads may outlive the static objects.
 std::atomic<Pool*> pool{nullptr};
+std::atomic<ParallelRegion> lent{nullptr};
 
-void start_pool() { pool = new Pool; }
-
-Pool& the_pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    start_pool();
-#if defined(ACMIX_FORKS)
-    pthread_atfork(nullptr, nullptr, start_pool);
-#endif
-  });
-  return *pool;
+// A forked child has none of its parent's threads, neither the pool's nor the runtime's.
+void start_afresh() {
+  pool = new Pool;
+  lent = nullptr;
 }
 
+void prepare() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pool = new Pool;
+#if defined(ACMIX_FORKS)
+    pthread_atfork(nullptr, nullptr, start_afresh);
+#endif
+  });
+}
+
+void run_work(void* work) { static_cast<Work*>(work)->run(); }
+
 }  // namespace
+
+void lend_threads(ParallelRegion region) {
+  prepare();
+  lent = region;
+}
 
 bool run_tasks(int64_t threads, int64_t tasks, int64_t scratch, TaskFunction function,
                const void* context) {
@@ -133,8 +143,15 @@ bool run_tasks(int64_t threads, int64_t tasks, int64_t scratch, TaskFunction fun
   work.scratch = scratch;
   work.function = function;
   work.context = context;
-  const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
-  if (helpers < 1 || !the_pool().run(work, helpers)) work.run();
+  const int64_t team = threads < tasks ? threads : tasks;
+  prepare();
+  if (team < 2) {
+    work.run();
+  } else if (ParallelRegion region = lent) {
+    region(run_work, &work, static_cast<unsigned>(team), 0);
+  } else if (!pool.load()->run(work, team - 1)) {
+    work.run();
+  }
   return !work.out_of_memory || work.next >= tasks;
 }
 

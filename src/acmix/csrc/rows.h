@@ -9,6 +9,9 @@ namespace {
 
 using acmix::Tensor;
 
+// Rows are short: wider vectors would leave more of them to the loop over the rest.
+constexpr int kRun = ACMIX_LANES > 8 ? 8 : ACMIX_LANES;
+
 // Rows of `heads` heads in scratch.
 struct Rows {
   float* data;
@@ -32,15 +35,19 @@ ACMIX_INLINE void prefetch(const void* p) {
 }
 
 template <class T>
-void load_run(const T* __restrict from, float* __restrict to, int64_t count, int64_t ahead) {
+void load_run(const T* from, float* to, int64_t count, int64_t ahead) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += line) prefetch(from + ahead + i);
-  for (int64_t i = 0; i < count; i++) to[i] = to_float(from[i]);
+  int64_t i = 0;
+  for (; i + kRun <= count; i += kRun) store<kRun>(to + i, load_as_float<kRun>(from + i));
+  for (; i < count; i++) to[i] = to_float(from[i]);
 }
 
 template <class T>
 void store_run(const float* from, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) assign(to[i], from[i]);
+  int64_t i = 0;
+  for (; i + kRun <= count; i += kRun) store_from_float<kRun>(to + i, load<kRun>(from + i));
+  for (; i < count; i++) assign(to[i], from[i]);
 }
 
 // `planes` values side by side at each of `count` pixels, into one row a plane, in 4 x 4 blocks.

@@ -8,10 +8,16 @@
 #if defined(__GNUC__) && !defined(ACMIX_NO_VECTOR_EXTENSION)
 #define ACMIX_VECTOR_EXTENSION 1
 #define ACMIX_INLINE inline __attribute__((always_inline))
+#define ACMIX_INLINED __attribute__((always_inline))  // of a lambda
+#if defined(__clang__)
+#define ACMIX_UNROLL _Pragma("unroll")
+#else
 #define ACMIX_UNROLL _Pragma("GCC unroll 8")
+#endif
 #else
 #include <cmath>
 #define ACMIX_INLINE inline
+#define ACMIX_INLINED
 #define ACMIX_UNROLL
 #endif
 
@@ -37,11 +43,17 @@ template <int N>
 struct Types {
   typedef float Float __attribute__((vector_size(N * 4)));
   typedef int32_t Int __attribute__((vector_size(N * 4)));
+  typedef uint32_t Unsigned __attribute__((vector_size(N * 4)));
+  typedef uint16_t Short __attribute__((vector_size(N * 2)));
 };
 template <int N>
 using Float = typename Types<N>::Float;
 template <int N>
 using Int = typename Types<N>::Int;
+template <int N>
+using Unsigned = typename Types<N>::Unsigned;
+template <int N>
+using Short = typename Types<N>::Short;
 
 template <int N>
 ACMIX_INLINE Float<N> splat(float x) {

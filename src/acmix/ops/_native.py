@@ -210,7 +210,21 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if interface != INTERFACE:
         return None, "the CPU kernel was built for another version of acmix: install again"
     library.acmix_simd.restype = ctypes.c_char_p
+    library.acmix_lend_threads(_parallel_region())
     return library, None
+
+
+def _parallel_region() -> ctypes.c_void_p:
+    """The entry point of PyTorch's own OpenMP runtime where that is libgomp, or one like it.
+
+    The kernel runs on PyTorch's threads then: they spin for some milliseconds after each operator,
+    and threads of the kernel's own would wait for a core all that time.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return ctypes.c_void_p(None)
 
 
 def _why_missing() -> str:

@@ -58,9 +58,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.acmix.weighted_aggregation_backward(
-        grad_out, *ctx.saved_tensors, *ctx.sizes
-    )
+    grads = torch.ops.acmix.weighted_aggregation_backward(grad_out, *ctx.saved_tensors, *ctx.sizes)
     return *grads, None, None, None
 
 

@@ -27,7 +27,5 @@ def _backward(
     grad_out: Tensor, weight: Tensor, v: Tensor, window: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     grad_weight, grad_v = torch.empty_like(weight), torch.empty_like(v)
-    _native.aggregation_backward(
-        grad_out, weight, v, window, stride, dilation, grad_weight, grad_v
-    )
+    _native.aggregation_backward(grad_out, weight, v, window, stride, dilation, grad_weight, grad_v)
     return grad_weight, grad_v

@@ -56,10 +56,9 @@ def empty_gradients(
     """Room for the gradients, laid out like the tensors; without a position term its gradient
     has no rows.
     """
-    grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    if position is None:
-        return *grads, q.new_empty((0, 2))
-    return *grads, position.new_empty(tuple(position.shape))
+    shape = (0, 2) if position is None else tuple(position.shape)
+    grad_position = (q if position is None else position).new_empty(shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_position
 
 
 @torch.library.register_fake("acmix::window_attention")
@@ -110,9 +109,7 @@ torch.library.register_autograd("acmix::window_attention", _backward, setup_cont
 
 
 @register_flop_formula(torch.ops.acmix.window_attention)
-def _flops(
-    q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any
-) -> int:
+def _flops(q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any) -> int:
     """Two products of every query with the window^2 taps, 2 operations a multiply-add."""
     return 2 * 2 * window**2 * q.numel()
 

@@ -26,9 +26,7 @@ def _forward(
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(q, v)
-    _native.attention_forward(
-        q, k, v, _as_floats(position), window, stride, dilation, out, lse
-    )
+    _native.attention_forward(q, k, v, _as_floats(position), window, stride, dilation, out, lse)
     return out, lse
 
 

@@ -1,0 +1,144 @@
+// Runs every entry point of the CPU kernel over a grid of shapes and layouts, on buffers without a
+// spare byte, for a build with the address and undefined-behaviour sanitizers (`make asan`).
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "job.h"
+
+using acmix::Problem;
+using acmix::Tensor;
+
+extern "C" {
+const char* acmix_simd();
+int acmix_attention_forward(const Problem*, const Tensor* q, const Tensor* k, const Tensor* v,
+                            const float* position, const Tensor* out, float* lse,
+                            int64_t threads);
+int acmix_attention_backward(const Problem*, const Tensor* grad_out, const Tensor* q,
+                             const Tensor* k, const Tensor* v, const float* position,
+                             const float* lse, const Tensor* grad_q, const Tensor* grad_k,
+                             const Tensor* grad_v, float* grad_position, int64_t threads);
+int acmix_aggregation_forward(const Problem*, const Tensor* weight, const Tensor* v,
+                              const Tensor* out, int64_t threads);
+int acmix_aggregation_backward(const Problem*, const Tensor* grad_out, const Tensor* weight,
+                               const Tensor* v, const Tensor* grad_weight, const Tensor* grad_v,
+                               int64_t threads);
+}
+
+namespace {
+
+std::mt19937 random_bits(0);
+
+// The order of dimensions in memory, the last one densest.
+using Order = std::array<int, 5>;
+constexpr Order kOrders[] = {
+    {0, 1, 2, 3, 4},  // heads, channels, rows, columns
+    {0, 2, 1, 3, 4},  // channels first
+    {0, 3, 4, 1, 2},  // a pixel's channels together
+    {0, 3, 4, 2, 1},  // a pixel's heads together
+    {4, 3, 2, 1, 0},  // none of these
+};
+
+struct Buffer {
+  Tensor tensor{};
+  std::unique_ptr<char[]> memory;
+
+  Buffer(std::array<int64_t, 5> size, const Order& order, int32_t dtype, bool fill) {
+    int64_t count = 1;
+    for (int i = 4; i >= 0; i--) {
+      tensor.size[order[i]] = size[order[i]];
+      tensor.stride[order[i]] = count;
+      count *= size[order[i]];
+    }
+    const size_t bytes = static_cast<size_t>(count) * (dtype == acmix::kFloat32 ? 4 : 2);
+    memory.reset(new char[bytes]);
+    tensor.data = memory.get();
+    tensor.extent = count;
+    tensor.dtype = dtype;
+    for (int64_t i = 0; fill && i < count; i++) set(i);
+  }
+
+  // Any small number will do, so the 16-bit types get bits that mean less than 2 in both.
+  void set(int64_t i) {
+    const float value = static_cast<float>(random_bits() % 2000) / 1000.0f - 1.0f;
+    if (tensor.dtype == acmix::kFloat32) {
+      static_cast<float*>(tensor.data)[i] = value;
+    } else {
+      static_cast<uint16_t*>(tensor.data)[i] = static_cast<uint16_t>(random_bits() % 0x3c00);
+    }
+  }
+
+  bool finite() const {
+    if (tensor.dtype != acmix::kFloat32) return true;
+    for (int64_t i = 0; i < tensor.extent; i++) {
+      if (!std::isfinite(static_cast<const float*>(tensor.data)[i])) return false;
+    }
+    return true;
+  }
+};
+
+void require(bool condition, const char* what, const Problem& p) {
+  if (condition) return;
+  std::printf("%s: %ld x %ld, window %ld, stride %ld, dilation %ld, %ld channels\n", what,
+              static_cast<long>(p.height), static_cast<long>(p.width),
+              static_cast<long>(p.window), static_cast<long>(p.stride),
+              static_cast<long>(p.dilation), static_cast<long>(p.channels));
+  std::exit(1);
+}
+
+void run(const Problem& p, const Order& order, int32_t dtype) {
+  const int64_t rows = (p.height + p.stride - 1) / p.stride;
+  const int64_t columns = (p.width + p.stride - 1) / p.stride;
+  const std::array<int64_t, 5> out_size{p.batch, p.heads, p.channels, rows, columns};
+  const std::array<int64_t, 5> key_size{p.batch, p.heads, p.channels, p.height, p.width};
+  const std::array<int64_t, 5> weight_size{p.batch, p.heads, p.window * p.window, rows, columns};
+  const Buffer q(out_size, order, dtype, true), k(key_size, order, dtype, true);
+  const Buffer v(key_size, order, dtype, true), grad_out(out_size, order, dtype, true);
+  const Buffer weight(weight_size, order, dtype, true);
+  const Buffer out(out_size, order, dtype, false), grad_q(out_size, order, dtype, false);
+  const Buffer grad_k(key_size, order, dtype, false), grad_v(key_size, order, dtype, false);
+  const Buffer grad_weight(weight_size, order, dtype, false);
+  const std::unique_ptr<float[]> lse(new float[p.batch * p.heads * rows * columns]);
+  const std::unique_ptr<float[]> position(new float[2 * p.channels]());
+  const std::unique_ptr<float[]> grad_position(new float[2 * p.channels]);
+  int status = acmix_attention_forward(&p, &q.tensor, &k.tensor, &v.tensor, position.get(),
+                                       &out.tensor, lse.get(), 2);
+  require(status == 0 && out.finite(), "attention, forward", p);
+  status = acmix_attention_backward(&p, &grad_out.tensor, &q.tensor, &k.tensor, &v.tensor,
+                                    position.get(), lse.get(), &grad_q.tensor, &grad_k.tensor,
+                                    &grad_v.tensor, grad_position.get(), 2);
+  require(status == 0 && grad_q.finite() && grad_k.finite() && grad_v.finite(),
+          "attention, backward", p);
+  status = acmix_aggregation_forward(&p, &weight.tensor, &v.tensor, &out.tensor, 2);
+  require(status == 0 && out.finite(), "aggregation, forward", p);
+  status = acmix_aggregation_backward(&p, &grad_out.tensor, &weight.tensor, &v.tensor,
+                                      &grad_weight.tensor, &grad_v.tensor, 2);
+  require(status == 0 && grad_weight.finite() && grad_v.finite(), "aggregation, backward", p);
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t sizes[][2] = {{1, 1}, {1, 9}, {8, 1}, {2, 2}, {3, 5}, {7, 7}, {14, 14},
+                                  {9, 35}, {30, 6}};
+  int64_t cases = 0;
+  for (const auto& size : sizes) {
+    for (const int64_t window : {1, 3, 7, 13}) {
+      for (const int64_t stride : {1, 2, 3}) {
+        for (const int64_t dilation : {1, 2, 5}) {
+          for (const Order& order : kOrders) {
+            const int64_t heads = 1 + cases % 5, channels = 1 + cases % 9;
+            const int32_t dtype = static_cast<int32_t>(cases % 3);
+            run({2, heads, channels, size[0], size[1], window, stride, dilation}, order, dtype);
+            cases++;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%ld cases, %s\n", static_cast<long>(cases), acmix_simd());
+}
