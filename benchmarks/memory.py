@@ -8,28 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# For glibc, before the process starts: every tensor of 64 KiB or more gets pages of its own and
+# gives them back when it is freed.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak_of(function: Callable[[], object]) -> float:
     """Bytes that running `function` needs above what is resident before it; NaN off Linux."""
     if not sys.platform.startswith("linux"):
         return float("nan")
-    _return_freed_memory()
     function()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _resident("VmRSS")
     function()
     return max(0, _resident("VmHWM") - before)
-
-
-def _return_freed_memory() -> None:
-    """Every tensor of 64 KiB or more gets pages of its own, given back when it is freed."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 65536)
-    libc.mallopt(M_TRIM_THRESHOLD, 65536)
-    libc.malloc_trim(0)
 
 
 def _resident(name: str) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import operator
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -204,18 +205,30 @@ def rows_of(cases: list[Case], threads: int, provenance: dict[str, str]) -> list
     return rows
 
 
-def add_peaks(rows: list[dict[str, object]]) -> None:
-    """Peak extra memory of forward + backward, in tensors of the input's size."""
-    key = operator.itemgetter("subject", "backend", "layout", "channels", "run")
+def peaks() -> Iterator[list[object]]:
+    """(subject, backend, layout, channels, run, peak memory in tensors of the input's size)."""
+    torch.set_num_threads(1)
     for channels, size in SHAPES:
         for case in [*layer_cases(channels, size), *operator_cases(channels, size)]:
-            if case.run == "forward":
-                continue
-            peak = round(memory.peak_of(case.function) / case.input_bytes, 2)
-            case_key = (case.subject, case.backend, case.layout, case.channels, case.run)
-            for row in rows:
-                if key(row) == case_key:
-                    row["peak_inputs"] = peak
+            if case.run == "forward+backward":
+                peak = round(memory.peak_of(case.function) / case.input_bytes, 2)
+                yield [case.subject, case.backend, case.layout, case.channels, case.run, peak]
+
+
+def add_peaks(rows: list[dict[str, object]]) -> None:
+    """In a process of its own, where freed memory goes back to the system at once."""
+    command = [sys.executable, __file__, "--peaks"]
+    result = subprocess.run(
+        command,
+        env={**os.environ, **memory.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for *case, peak in json.loads(result.stdout):
+        for row in rows:
+            if [row[k] for k in ("subject", "backend", "layout", "channels", "run")] == case:
+                row["peak_inputs"] = peak
 
 
 def provenance() -> dict[str, str]:
@@ -311,7 +324,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12, help="timing per shape and threads")
     parser.add_argument("--networks", action="store_true", help="time whole networks as well")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peaks:
+        print(json.dumps(list(peaks())))
+        return
     console = Console(width=None if sys.stdout.isatty() else 120)
     torch.manual_seed(0)
     check()
@@ -329,7 +346,7 @@ def main() -> None:
             measure(cases, args.seconds, f"{threads} thread(s), C={channels}")
             rows += rows_of(cases, threads, origin)
             lines += roofline(cases, ceiling)
-    add_peaks(rows)  # last, since it changes how memory is allocated
+    add_peaks(rows)
     show(rows, console)
     console.print("roofline of native window_attention, forward", *lines, sep="\n  ")
     args.out.mkdir(parents=True, exist_ok=True)

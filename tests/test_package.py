@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it loads, where its version stands, how the house is kept."""
+"""The package as a whole: what importing it loads, where its version stands, how it is laid out."""
 
 import ast
 import importlib.metadata

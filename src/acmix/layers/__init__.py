@@ -1,5 +1,7 @@
-"""nn.Modules: the operator of the paper."""
+"""nn.Modules: the operator of the paper, and its forms in Swin and PVT."""
 
 from acmix.layers.acmix import ACmix2d
+from acmix.layers.reduced import ReducedACmix
+from acmix.layers.window import WindowACmix
 
-__all__ = ["ACmix2d"]
+__all__ = ["ACmix2d", "ReducedACmix", "WindowACmix"]

@@ -210,8 +210,9 @@ class ACmix2d(nn.Module):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1x1 convolution, as a linear over NHWC where cuDNN's is four times slower."""
-    if x.device.type == "cpu":
+    """A 1x1 convolution: on a CPU a linear over NHWC saves 5 % where x is laid out so; elsewhere it
+    does always, since cuDNN's 1x1 convolution with bias takes four times as long."""
+    if x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, weight[:, :, None, None], bias)
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 

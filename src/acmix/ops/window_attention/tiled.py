@@ -24,6 +24,7 @@ from torch import Tensor
 from acmix.ops._windows import position_map, reflect, unit_coordinate
 
 TILE = 8
+CHUNK = 2**22  # logits held at once in the backward pass
 
 
 def forward(
@@ -70,19 +71,28 @@ def _attention_backward(
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles = _Tiles(q, k, window, stride, dilation)
-    scale = q.shape[2] ** -0.5
-    g, q_tiles = tiles.of_queries(grad), tiles.of_queries(q) * scale
-    k_tiles, v_tiles = tiles.of_keys(_positioned(k, position)), tiles.of_keys(v)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    logits = (q_tiles @ k_tiles.mT).to(exact) + tiles.mask(exact)
-    weights = logits.softmax(-1)
-    grad_weights = (g @ v_tiles.mT).to(exact)
+    mask = tiles.mask(torch.promote_types(q.dtype, torch.float32))
+    inputs = [tiles.of_queries(grad), tiles.of_queries(q)]
+    inputs += [tiles.of_keys(_positioned(k, position)), tiles.of_keys(v)]
+    rows = max(1, CHUNK // (inputs[0].shape[1] * mask.numel()))
+    chunks = zip(*(x.split(rows) for x in inputs), strict=True)
+    grads = zip(*(_tile_gradients(g, q, k, v, mask) for g, q, k, v in chunks), strict=True)
+    grad_q, grad_k, grad_v = (torch.cat(chunk) for chunk in grads)
+    grad_k, grad_v = tiles.keys_from(grad_k), tiles.keys_from(grad_v)
+    return tiles.queries_from(grad_q), grad_k, grad_v, _position_gradient(grad_k, position)
+
+
+def _tile_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v for some tiles, each (tiles, heads, TILE^2 or halo^2, d)."""
+    scale = q.shape[-1] ** -0.5
+    q = q * scale
+    weights = ((q @ k.mT).to(mask.dtype) + mask).softmax(-1)
+    grad_weights = (grad @ v.mT).to(mask.dtype)
     grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     weights, grad_logits = weights.to(q.dtype), grad_logits.to(q.dtype)
-    grad_q = tiles.queries_from(grad_logits @ k_tiles * scale)
-    grad_k = tiles.keys_from(grad_logits.mT @ q_tiles)
-    grad_v = tiles.keys_from(weights.mT @ g)
-    return grad_q, grad_k, grad_v, _position_gradient(grad_k, position)
+    return grad_logits @ k * scale, grad_logits.mT @ q, weights.mT @ grad
 
 
 @_attention.register_fake

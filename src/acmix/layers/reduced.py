@@ -1,0 +1,175 @@
+"""ACmix in place of the spatially reduced attention of PVT."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.mix import MIXES, Weight, make_mix
+from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.ops import _checks
+from acmix.ops.shift_convolution import folded
+from acmix.ops.shift_convolution import reference as unfolded
+
+
+class ReducedACmix(nn.Module):
+    """Attention to a map of fewer keys and a shift convolution from one set of projections.
+
+    `out = alpha * proj(attention) + beta * convolution`: Pan et al., "On the Integration of
+    Self-Attention and Convolution", CVPR 2022, on Wang et al., "Pyramid Vision Transformer", ICCV
+    2021. k and v are projected from the map reduced by a strided convolution and enter the
+    convolution enlarged again (nearest). Names of the attention's parameters are PVT's.
+
+    Shapes: (B, L, dim) and the map's size (H, W) -> (B, L, dim), any H, W >= 1. L is H * W, or one
+    more where a class token comes first; that token gets attention alone. A map that is no
+    multiple of `reduction` is padded by zeros at its end before it is reduced.
+
+    Args:
+        dim: channels; a multiple of `heads`.
+        heads: attention heads N, of head_dim = dim / N channels each.
+        reduction: by how much the sides of the map of keys are smaller.
+        kernel_conv: side of the convolution kernel in tokens, odd.
+        mix, shift, shift_init: as in `ACmix2d`.
+        qkv_bias: whether the projections have biases.
+        attn_drop: dropout of attention weights.
+        proj_drop: dropout of the output.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: for an argument out of its range, and in `forward` for an input of
+            wrong rank, channels, tokens or dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        reduction: int = 1,
+        kernel_conv: int = 3,
+        mix: str = "learned",
+        shift: str = "learned",
+        shift_init: str = "shift",
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_positive("dim", dim)
+        _checks.check_positive("heads", heads)
+        _checks.check_divisible("dim", dim, "heads", heads)
+        _checks.check_positive("reduction", reduction)
+        _checks.check_window("kernel_conv", kernel_conv)
+        _checks.check_choice("mix", mix, MIXES)
+        _checks.check_choice("shift", shift, SHIFTS)
+        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.reduction, self.kernel_conv = reduction, kernel_conv
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.sr: nn.Conv2d | None = None
+        if reduction > 1:
+            self.sr = nn.Conv2d(dim, dim, reduction, reduction, device=device, dtype=dtype)
+            self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.mix = make_mix(mix, device, dtype)
+        alpha, beta = self.mix.weights()
+        self.proj: nn.Linear | None = None
+        if alpha is not None:
+            self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        if beta is not None:
+            # Plain parameters: a network's loop over its modules leaves their start alone.
+            shape = (kernel_conv**2, 3 * heads)
+            self.fc_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.shift = make_shift(shift, dim, heads, kernel_conv, shift_init, device, dtype)
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again: attention as PVT starts, fc as `nn.Conv2d`, kernels as constructed."""
+        for linear in (self.q, self.kv, self.proj):
+            if linear is not None:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        if hasattr(self, "fc_weight"):
+            bound = self.fc_weight.shape[1] ** -0.5
+            nn.init.uniform_(self.fc_weight, -bound, bound)
+        for child in self.children():
+            reset = getattr(child, "reset_parameters", None)
+            if reset is not None and not isinstance(child, nn.Linear):
+                reset()
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x (B, L, dim), of which the last H * W tokens are a map of `size` -> (B, L, dim)."""
+        extra = self._check(x, size)
+        alpha, beta = self.mix.weights()
+        q, kv = self.q(x), self.kv(self._reduce(x, size))
+        out: Tensor | None = None
+        if self.proj is not None:
+            out = alpha * self.proj(self._attention(q, kv))
+        if beta is not None:
+            convolution = self._convolution(q[:, extra:], kv[:, extra:], size, beta)
+            convolution = F.pad(convolution, (0, 0, extra, 0))
+            out = convolution if out is None else out + convolution
+        assert out is not None
+        return self.proj_drop(out)
+
+    def _check(self, x: Tensor, size: tuple[int, int]) -> int:
+        """How many tokens come before the map, 0 or 1."""
+        _checks.check_dtype("x", x)
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x: expected (B, L, {self.dim}), got shape {tuple(x.shape)}")
+        extra = x.shape[1] - size[0] * size[1]
+        if extra not in ((0, 1) if self.sr is None else (0,)):
+            one_more = ", or one more" if self.sr is None else ""
+            raise ValueError(
+                f"x: expected {size[0]} * {size[1]} tokens{one_more}, got {x.shape[1]}"
+            )
+        return extra
+
+    def _reduced(self, size: tuple[int, int]) -> tuple[int, int]:
+        return -(-size[0] // self.reduction), -(-size[1] // self.reduction)
+
+    def _reduce(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The tokens that keys and values are made from."""
+        if self.sr is None:
+            return x
+        (height, width), (rows, columns) = size, self._reduced(size)
+        image = x.transpose(1, 2).unflatten(2, size)
+        padding = (0, columns * self.reduction - width, 0, rows * self.reduction - height)
+        return self.norm(self.sr(F.pad(image, padding)).flatten(2).transpose(1, 2))
+
+    def _attention(self, q: Tensor, kv: Tensor) -> Tensor:
+        q = q.unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def _convolution(self, q: Tensor, kv: Tensor, size: tuple[int, int], beta: Weight) -> Tensor:
+        """beta times the convolution path: (B, H * W, dim), d-major."""
+        assert beta is not None
+        fc_weight = beta * self.fc_weight
+        kernels = self.shift.kernels(like=fc_weight)
+        kv = kv.transpose(1, 2).unflatten(2, self._reduced(size))
+        if self.sr is not None:
+            # fc is linear: enlarging its input is enlarging its output.
+            kv = F.interpolate(kv, scale_factor=float(self.reduction), mode="nearest")
+            kv = kv[:, :, : size[0], : size[1]]
+        pieces = torch.cat([q.transpose(1, 2).unflatten(2, size), kv], 1)
+        pieces = pieces.unflatten(1, (3 * self.heads, self.head_dim))
+        if kernels is None:
+            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
+        else:
+            out = folded.forward(pieces, fc_weight, kernels, None, 1, 1)
+        return out.flatten(2).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, heads={self.heads}, reduction={self.reduction}, "
+            f"kernel_conv={self.kernel_conv}"
+        )

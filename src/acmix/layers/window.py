@@ -1,0 +1,277 @@
+"""ACmix in place of the (shifted) window attention of Swin."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.acmix import prefers_dense
+from acmix.layers.mix import MIXES, Weight, make_mix
+from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.ops import _checks
+from acmix.ops.shift_convolution import folded
+from acmix.ops.shift_convolution import reference as unfolded
+
+APART = -100.0  # added to a logit between parts of the map that only rolling brought together
+
+
+class WindowACmix(nn.Module):
+    """Attention within windows and a shift convolution from one set of projections.
+
+    `out = alpha * proj(attention) + beta * convolution`: Pan et al., "On the Integration of
+    Self-Attention and Convolution", CVPR 2022, on Liu et al., "Swin Transformer", ICCV 2021. Names
+    and shapes of the attention's parameters are those of timm's `WindowAttention`.
+
+    Shapes: (B, H, W, dim) -> (B, H, W, dim), any H, W >= 1. As in timm, a map that is no multiple
+    of the window is padded by zero tokens at its end for attention; the convolution sees the map.
+
+    Args:
+        dim: channels; a multiple of `heads`.
+        heads: attention heads N, of head_dim = dim / N channels each.
+        window_size: side of the windows in tokens, or (height, width).
+        shift_size: how far the map is rolled before it is cut into windows, in tokens, or (rows,
+            columns); less than the window.
+        kernel_conv: side of the convolution kernel in tokens, odd.
+        mix, shift, shift_init: as in `ACmix2d`.
+        roll_convolution: whether the convolution runs on the rolled map too, where opposite borders
+            touch: what released checkpoints were trained with. False runs it on the map itself.
+        qkv_bias: whether the projections have biases.
+        attn_drop: dropout of attention weights.
+        proj_drop: dropout of the output.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: for an argument out of its range, and in `forward` for an input of
+            wrong rank, channels or dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window_size: int | tuple[int, int] = 7,
+        shift_size: int | tuple[int, int] = 0,
+        kernel_conv: int = 3,
+        mix: str = "learned",
+        shift: str = "learned",
+        shift_init: str = "shift",
+        roll_convolution: bool = True,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_positive("dim", dim)
+        _checks.check_positive("heads", heads)
+        _checks.check_divisible("dim", dim, "heads", heads)
+        _checks.check_window("kernel_conv", kernel_conv)
+        _checks.check_choice("mix", mix, MIXES)
+        _checks.check_choice("shift", shift, SHIFTS)
+        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.window_size, self.shift_size = check_windows(window_size, shift_size)
+        self.kernel_conv, self.roll_convolution = kernel_conv, roll_convolution
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.mix = make_mix(mix, device, dtype)
+        alpha, beta = self.mix.weights()
+        self.proj: nn.Linear | None = None
+        if alpha is not None:
+            height, width = self.window_size
+            offsets = (2 * height - 1) * (2 * width - 1)
+            self.relative_position_bias_table = parameter(offsets, heads)
+            self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        if beta is not None:
+            # Plain parameters: a network's loop over its modules leaves their start alone.
+            taps = kernel_conv**2
+            self.fc_weight, self.fc_bias = parameter(taps, 3 * heads), parameter(taps)
+            self.shift = make_shift(shift, dim, heads, kernel_conv, shift_init, device, dtype)
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again: attention as Swin starts, fc as `nn.Conv2d`, kernels as constructed."""
+        for linear in (self.qkv, self.proj):
+            if linear is not None:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        if self.proj is not None:
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if hasattr(self, "fc_weight"):
+            bound = self.fc_weight.shape[1] ** -0.5
+            nn.init.uniform_(self.fc_weight, -bound, bound)
+            nn.init.uniform_(self.fc_bias, -bound, bound)
+        for child in self.children():
+            reset = getattr(child, "reset_parameters", None)
+            if reset is not None and not isinstance(child, nn.Linear):
+                reset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, dim) -> (B, H, W, dim)."""
+        _checks.check_dtype("x", x)
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
+        alpha, beta = self.mix.weights()
+        rolled = self._roll(x, -1)
+        if self.proj is None:
+            on = rolled if self.roll_convolution else x
+            out = self._convolution(on, self.qkv(on), beta)
+            return self.proj_drop(self._roll(out, 1) if self.roll_convolution else out)
+        down, across = self._counts(x)
+        height, width = x.shape[1:3]
+        below = down * self.window_size[0] - height
+        right = across * self.window_size[1] - width
+        qkv = self.qkv(F.pad(rolled, (0, 0, 0, right, 0, below)))
+        attention = self.proj(self._attention(qkv, down, across))
+        out = alpha * attention[:, :height, :width]
+        qkv = qkv[:, :height, :width]
+        if beta is None:
+            out = self._roll(out, 1)
+        elif self.roll_convolution:
+            out = self._roll(out + self._convolution(rolled, qkv, beta), 1)
+        else:
+            out = self._roll(out, 1) + self._convolution(x, self._roll(qkv, 1), beta)
+        return self.proj_drop(out)
+
+    def _roll(self, x: Tensor, sign: int) -> Tensor:
+        if not any(self.shift_size):
+            return x
+        rows, columns = self.shift_size
+        return torch.roll(x, (sign * rows, sign * columns), (1, 2))
+
+    def _counts(self, x: Tensor) -> tuple[int, int]:
+        """How many windows cover a map (B, H, W, dim), along each side."""
+        (height, width), (rows, columns) = x.shape[1:3], self.window_size
+        return (height + rows - 1) // rows, (width + columns - 1) // columns
+
+    def _attention(self, qkv: Tensor, down: int, across: int) -> Tensor:
+        """Attention within each of down x across windows: (B, H, W, 3 dim) -> (B, H, W, dim)."""
+        batch = qkv.shape[0]
+        rows, columns = self.window_size
+        split = (batch, down, rows, across, columns)
+        windows = qkv.view(*split, 3, self.heads, self.head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        windows = windows.flatten(5, 6).flatten(2, 3)  # (3, B, windows, N, tokens, d)
+        bias = self._position_bias()
+        # Batch and windows make one dimension; where windows have masks of their own, windows and
+        # heads do, so that the masks are not repeated for each image of the batch.
+        first = 0
+        if any(self.shift_size):
+            mask = self._shift_mask(down, across)
+            bias, first = (bias + mask[:, None]).flatten(0, 1), 1
+        q, k, v = windows.flatten(first + 1, first + 2)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
+        out = out.reshape(batch, down, across, self.heads, rows, columns, self.head_dim)
+        out = out.permute(0, 1, 4, 2, 5, 3, 6)
+        return out.reshape(batch, down * rows, across * columns, self.dim)
+
+    def _position_bias(self) -> Tensor:
+        """The bias of each pair of tokens in a window, by their offset: (N, tokens, tokens)."""
+        rows, columns = self.window_size
+        device = self.relative_position_bias_table.device
+        # Made anew each time: a buffer would be lost by `to_empty` after the meta device.
+        y = torch.arange(rows, device=device)
+        x = torch.arange(columns, device=device)
+        y = y[:, None] - y + rows - 1
+        x = x[:, None] - x + columns - 1
+        index = y[:, None, :, None] * (2 * columns - 1) + x[:, None]
+        tokens = rows * columns
+        bias = self.relative_position_bias_table[index.reshape(-1)]
+        return bias.view(tokens, tokens, self.heads).permute(2, 0, 1)
+
+    def _shift_mask(self, down: int, across: int) -> Tensor:
+        """APART between tokens of a window that are no neighbours in the map before it was
+        rolled: (windows, tokens, tokens)."""
+        table = self.relative_position_bias_table
+        sides = zip((down, across), self.window_size, self.shift_size, strict=True)
+        rows, columns = (parts(*side, table.device) for side in sides)
+        part = 3 * rows[:, None, :, None] + columns[:, None]
+        part = part.flatten(2, 3).flatten(0, 1)
+        apart = part[:, :, None] != part[:, None]
+        return torch.zeros_like(apart, dtype=table.dtype).masked_fill(apart, APART)
+
+    def _convolution(self, x: Tensor, qkv: Tensor, beta: Weight) -> Tensor:
+        """beta times the convolution path, from the map x or its projections qkv.
+
+        Its channels are d-major; the attention's are head-major before `proj`.
+        """
+        assert beta is not None
+        fc_weight, fc_bias = beta * self.fc_weight, beta * self.fc_bias
+        kernels = self.shift.kernels(like=fc_weight)
+        x = x.permute(0, 3, 1, 2)
+        shape = (3 * self.heads, self.head_dim)
+        if kernels is not None and prefers_dense(x):
+            weight = self.qkv.weight.unflatten(0, shape)
+            bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, shape)
+            out = folded.forward_dense(x, weight, bias, fc_weight, kernels, fc_bias, 1, 1)
+            return out.permute(0, 2, 3, 1)
+        pieces = qkv.unflatten(-1, shape).permute(0, 3, 4, 1, 2)
+        if kernels is None:
+            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, fc_bias, 1, 1)
+        else:
+            out = folded.forward(pieces, fc_weight, kernels, fc_bias, 1, 1)
+        return out.permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def set_window_size(
+        self, window_size: int | tuple[int, int], shift_size: int | tuple[int, int] = 0
+    ) -> None:
+        """Change the windows; the position biases are interpolated (bicubic) to the new offsets."""
+        old = self.window_size
+        self.window_size, self.shift_size = check_windows(window_size, shift_size)
+        if self.proj is None or self.window_size == old:
+            return
+        table = self.relative_position_bias_table
+        grid = table.t().reshape(1, self.heads, 2 * old[0] - 1, 2 * old[1] - 1)
+        size = [2 * side - 1 for side in self.window_size]
+        grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+        self.relative_position_bias_table = nn.Parameter(
+            grid.flatten(2)[0].t().contiguous(), requires_grad=table.requires_grad
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, heads={self.heads}, window_size={self.window_size}, "
+            f"shift_size={self.shift_size}, kernel_conv={self.kernel_conv}, "
+            f"roll_convolution={self.roll_convolution}"
+        )
+
+
+def parts(count: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Which of its parts each position of a rolled side is in, cut into windows: (count, window).
+
+    The last window holds what was at the end and, in its last `shift` positions, at the start.
+    """
+    last = torch.arange(count, device=device)[:, None] == count - 1
+    start = torch.arange(window, device=device) >= (window - shift if shift else window)
+    return last.long() + (last & start)
+
+
+def check_windows(
+    window_size: int | tuple[int, int], shift_size: int | tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    windows, shifts = pair("window_size", window_size), pair("shift_size", shift_size)
+    for window, shift in zip(windows, shifts, strict=True):
+        _checks.check_positive("window_size", window)
+        if not 0 <= shift < window:
+            raise ValueError(
+                f"shift_size: expected 0 or more and less than the window {windows}, got {shifts}"
+            )
+    return windows, shifts
+
+
+def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected an int or (height, width), got {value}")
+    return value[0], value[1]

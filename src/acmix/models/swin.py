@@ -1,0 +1,213 @@
+"""Swin Transformer whose (shifted) window attention may be ACmix.
+
+Pan et al., "On the Integration of Self-Attention and Convolution", CVPR 2022, arXiv 2111.14556:
+Swin-T and -S, supplementary table 5. Liu et al., "Swin Transformer: Hierarchical Vision Transformer
+using Shifted Windows", ICCV 2021, arXiv 2103.14030.
+
+The network is timm's Swin, and so are its parameter names; the operator of block B in stage L is
+`layers.L.blocks.B.attn`, which has the names of timm's attention and the convolution path's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import checkpoint_filter_fn as timm_filter_fn
+from torch import Tensor, nn
+
+from acmix.layers.window import WindowACmix
+from acmix.models import checkpoints
+from acmix.models._registry import check_kwargs, register_model
+from acmix.ops._checks import check_choice
+
+PATHS = ("attn", "acmix")
+ACMIX_KWARGS = ("kernel_conv", "mix", "shift", "shift_init", "roll_convolution")
+
+
+class ACmixSwinBlock(nn.Module):
+    """timm's Swin block around `WindowACmix`, made from a block of timm's."""
+
+    def __init__(self, block: SwinTransformerBlock, **acmix_kwargs: Any) -> None:
+        super().__init__()
+        attention = block.attn
+        if attention.proj.in_features != block.dim:
+            raise ValueError(
+                "head_dim: expected all heads together as wide as the stage with path='acmix', "
+                f"{block.dim} channels, got {attention.proj.in_features}"
+            )
+        self.always_partition = block.always_partition
+        self.shifted = any(block.target_shift_size)
+        self.norm1 = block.norm1
+        self.attn = WindowACmix(
+            block.dim,
+            heads=attention.num_heads,
+            window_size=block.window_size,
+            shift_size=block.shift_size,
+            qkv_bias=attention.qkv.bias is not None,
+            attn_drop=attention.attn_drop.p,
+            proj_drop=attention.proj_drop.p,
+            device=attention.proj.weight.device,
+            dtype=attention.proj.weight.dtype,
+            **acmix_kwargs,
+        )
+        self.drop_path1 = block.drop_path1
+        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, dim) -> (B, H, W, dim)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def set_input_size(
+        self,
+        feat_size: tuple[int, int],
+        window_size: tuple[int, int],
+        always_partition: bool | None = None,
+    ) -> None:
+        """As timm's: a window is no larger than the map, and one as large is not shifted."""
+        if always_partition is not None:
+            self.always_partition = always_partition
+        if not self.always_partition:
+            window_size = (min(feat_size[0], window_size[0]), min(feat_size[1], window_size[1]))
+        rows, columns = (
+            window // 2 if self.shifted and (self.always_partition or size > window) else 0
+            for size, window in zip(feat_size, window_size, strict=True)
+        )
+        self.attn.set_window_size(window_size, (rows, columns))
+
+
+class ACmixSwin(SwinTransformer):
+    """timm's Swin, the window attention of every block replaced as `path` says.
+
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), any H, W >= 1: patches and windows are padded.
+
+    Args:
+        path: "attn" (timm's Swin) or "acmix".
+        acmix_kwargs: arguments of `WindowACmix` for every operator, of kernel_conv, mix, shift,
+            shift_init and roll_convolution; its own defaults for the rest.
+        strict_img_size: whether to refuse images that are not of `img_size`.
+        kwargs: as timm's `SwinTransformer` takes them. `img_size` is what a window larger than the
+            map is reduced for.
+
+    Raises:
+        ValueError: for an unknown path, and acmix_kwargs that `WindowACmix` does not take or the
+            path has no use for.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str = "acmix",
+        acmix_kwargs: Mapping[str, Any] | None = None,
+        strict_img_size: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("path", path, PATHS)
+        check_kwargs("acmix_kwargs", acmix_kwargs or {}, ACMIX_KWARGS if path == "acmix" else ())
+        kwargs.setdefault("embed_layer", partial(PatchEmbed, dynamic_img_pad=not strict_img_size))
+        super().__init__(strict_img_size=strict_img_size, **kwargs)
+        self.path = path
+        if path == "acmix":
+            stage: Any
+            for stage in self.layers:
+                blocks = (ACmixSwinBlock(block, **(acmix_kwargs or {})) for block in stage.blocks)
+                stage.blocks = nn.Sequential(*blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Position biases; alpha and beta, which decay would pull towards nothing."""
+        kept = ("relative_position_bias_table", ".mix.alpha", ".mix.beta")
+        return {name for name, _ in self.named_parameters() if name.endswith(kept)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, for timm's keys and those of released checkpoints."""
+        if is_foreign(state_dict):
+            state_dict = checkpoint_filter_fn(state_dict, self)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Released Swin and Swin-ACmix weights with our names, position biases at the model's size."""
+    state_dict = checkpoints.unwrap(state_dict)
+    if checkpoints.is_released(state_dict):
+        state_dict = checkpoints.from_released(state_dict)
+    return timm_filter_fn(state_dict, model)
+
+
+def is_foreign(state_dict: Mapping[str, Any]) -> bool:
+    """Whether keys are those of a release, where stage 0 ends with a downsampling."""
+    keys = checkpoints.unwrap(state_dict)
+    return "layers.0.downsample.reduction.weight" in keys or checkpoints.is_released(keys)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+}
+
+
+def _create_swin(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSwin:
+    base, path = variant.rsplit("_", 1)
+    arguments = {**VARIANTS[base], "path": path, **kwargs}
+    out_indices = arguments.pop("out_indices", tuple(range(len(arguments["depths"]))))
+    return build_model_with_cfg(
+        ACmixSwin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
+        **arguments,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2111.14556",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{base}_{path}": _cfg() for base in VARIANTS for path in PATHS}
+)
+
+
+@register_model
+def swin_tiny_attn(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
+    """Swin-T: 28.3 M parameters, 4.49 GMACs at 224 px."""
+    return _create_swin("swin_tiny_attn", pretrained, **kwargs)
+
+
+@register_model
+def swin_tiny_acmix(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
+    """Swin-T-ACmix: 28.6 M parameters, 4.65 GMACs at 224 px."""
+    return _create_swin("swin_tiny_acmix", pretrained, **kwargs)
+
+
+@register_model
+def swin_small_attn(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
+    """Swin-S: 49.6 M parameters, 8.75 GMACs at 224 px."""
+    return _create_swin("swin_small_attn", pretrained, **kwargs)
+
+
+@register_model
+def swin_small_acmix(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
+    """Swin-S-ACmix: 50.3 M parameters, 9.00 GMACs at 224 px."""
+    return _create_swin("swin_small_acmix", pretrained, **kwargs)

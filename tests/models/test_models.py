@@ -1,0 +1,309 @@
+"""Every model of the registry under what timm and its users do with a model."""
+
+import copy
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import TOLERANCE
+from timm.models import model_entrypoint
+from timm.models._hub import save_for_hf
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+import acmix.models
+from acmix.models import _registry
+from acmix.models.pvt import PATHS as TRANSFORMER_PATHS
+from acmix.models.resnet import PATHS as RESNET_PATHS
+
+RESNETS = ["resnet26", "resnet38", "resnet50", "resnet26_small", "resnet11_tiny"]
+TRANSFORMERS = ["pvt_tiny", "pvt_small", "swin_tiny", "swin_small"]
+NAMES = [
+    *(f"{base}_{path}" for base in RESNETS for path in RESNET_PATHS),
+    *(f"{base}_{path}" for base in TRANSFORMERS for path in TRANSFORMER_PATHS),
+]
+# One of each family and path, where depth and width add nothing.
+EACH = [
+    *(f"resnet26_{path}" for path in RESNET_PATHS),
+    "resnet11_tiny_acmix",
+    *(f"{base}_tiny_{path}" for base in ("pvt", "swin") for path in TRANSFORMER_PATHS),
+]
+each = pytest.mark.parametrize("name", EACH)
+
+
+def side(name: str) -> int:
+    """Of a small image with more than a pixel on the last map."""
+    return {"resnet26_small": 16, "resnet11_tiny": 8}.get(name.rsplit("_", 1)[0], 64)
+
+
+def image(model: nn.Module, name: str, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels(model), side(name), side(name))
+
+
+def channels(model: nn.Module) -> int:
+    """Of the images that it takes: those of its first convolution."""
+    return next(p for p in model.parameters() if p.dim() == 4).shape[1]
+
+
+def few(name: str, **arguments: object) -> nn.Module:
+    """The model with one block or two in a stage and ten classes."""
+    depths = {"layers": (1, 2, 1, 1)} if name.startswith("resnet26") else {}
+    depths = {"depths": (2, 2, 2, 2)} if name.startswith(("swin", "pvt")) else depths
+    return timm.create_model(name, **{"num_classes": 10, **depths, **arguments})
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def whole(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    """Each model as it is registered; tests leave it as it was."""
+    return request.param, timm.create_model(request.param)
+
+
+def test_registry() -> None:
+    assert acmix.models.list_models() == sorted(NAMES)
+    assert set(NAMES) <= set(timm.list_models())
+
+
+def test_forward_and_backward(whole: tuple[str, nn.Module]) -> None:
+    name, model = whole
+    model.train()
+    logits = model(image(model, name))
+    assert logits.shape == (2, model.num_classes)
+    logits.sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    model.zero_grad()
+
+
+def test_odd_sizes(whole: tuple[str, nn.Module]) -> None:
+    name, model = whole
+    model.eval()
+    small = side(name) < 64
+    sizes = [(13, 9), (1, 3)] if small else [(97, 131), (33, 7)]
+    with torch.inference_mode():
+        for size in sizes:
+            x = torch.randn(1, channels(model), *size)
+            logits, features = model(x), model.forward_intermediates(x, intermediates_only=True)
+            assert logits.isfinite().all()
+            for feature, info in zip(features, model.feature_info, strict=True):
+                expected = tuple(math.ceil(length / info["reduction"]) for length in size)
+                assert feature.shape[1:] == (info["num_chs"], *expected)
+
+
+def test_parameter_groups(whole: tuple[str, nn.Module]) -> None:
+    name, model = whole
+    kept = model.no_weight_decay()
+    mixes = {key for key, _ in model.named_parameters() if ".mix." in key}
+    assert mixes <= kept <= {key for key, _ in model.named_parameters()}
+    count = sum(1 for _ in model.parameters())
+    for groups in (
+        param_groups_weight_decay(model, 0.05, kept),
+        param_groups_layer_decay(model, 0.05, kept, layer_decay=0.5),
+    ):
+        assert sum(len(group["params"]) for group in groups) == count
+    scales = {group["lr_scale"] for group in groups}
+    assert len(scales) > (3 if name.startswith("resnet11") else 4)
+
+
+@each
+def test_features_only(name: str) -> None:
+    model = few(name, features_only=True)
+    strides = [2, 4, 8, 16, 32]
+    base = name.rsplit("_", 1)[0]
+    strides = {"resnet11_tiny": [1, 1, 2, 4]}.get(base, strides)
+    strides = strides[1:] if base in TRANSFORMERS else strides
+    assert model.feature_info.reduction() == strides
+    size = side(name)
+    x = torch.randn(1, 1 if "resnet11" in name else 3, size, size)
+    for feature, width, stride in zip(
+        model(x), model.feature_info.channels(), strides, strict=True
+    ):
+        if name.startswith("swin"):
+            feature = feature.permute(0, 3, 1, 2)
+        assert feature.shape == (1, width, size // stride, size // stride)
+    last_two = few(name, features_only=True, out_indices=(-2, -1))
+    assert last_two.feature_info.reduction() == strides[-2:]
+    assert [feature.shape for feature in last_two(x)] == [f.shape for f in model(x)[-2:]]
+
+
+@each
+def test_feature_getter(name: str) -> None:
+    """timm's newest feature extractor, on top of forward_intermediates."""
+    model = few(name, features_only=True, feature_cls="getter", out_indices=(0, 2))
+    size = side(name)
+    features = model(torch.randn(1, 1 if "resnet11" in name else 3, size, size))
+    reductions = model.feature_info.reduction()
+    assert [feature.shape[-1] for feature in features] == [size // r for r in reductions]
+
+
+@each
+def test_intermediates(name: str) -> None:
+    model = few(name).eval()
+    x = image(model, name)
+    last, features = model.forward_intermediates(x)
+    assert len(features) == len(model.feature_info)
+    torch.testing.assert_close(last, model.forward_features(x))
+    (second,) = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(second, features[1])
+    assert len(model.forward_intermediates(x, 2, intermediates_only=True)) == 2
+
+
+@each
+def test_head(name: str) -> None:
+    model = few(name, num_classes=3).eval()
+    x = image(model, name)
+    assert model(x).shape == (2, 3)
+    assert model.get_classifier().out_features == 3
+    model.reset_classifier(5, "avg" if "pvt" in name else "max")
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+    assert few(name, num_classes=0)(x).shape == (2, model.num_features)
+    assert few(name, num_classes=0, global_pool="")(x).dim() == (3 if "pvt" in name else 4)
+
+
+@each
+def test_channels_of_the_image(name: str) -> None:
+    model = few(name, in_chans=4)
+    assert model(image(model, name)).shape == (2, 10)
+
+
+@each
+def test_drop_path(name: str) -> None:
+    model = few(name, drop_path_rate=0.5)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
+    assert max(rates) == pytest.approx(0.5)
+    model(image(model, name)).sum().backward()
+
+
+@each
+def test_gradient_checkpointing(name: str) -> None:
+    model = few(name, drop_path_rate=0.0)
+    # Running statistics would move twice in a block that is run again.
+    model.eval()
+    x = image(model, name)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+@each
+def test_channels_last(name: str) -> None:
+    model = few(name).double().eval()
+    x = image(model, name).double()
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
+
+
+@each
+def test_bfloat16(name: str) -> None:
+    model = few(name, zero_init_last=False) if "resnet" in name else few(name)
+    model.eval()
+    x = image(model, name)
+    expected = model(x)
+    actual = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    assert actual.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(x)
+    autocast.float().sum().backward()
+    bound = 3 * TOLERANCE[torch.bfloat16] * expected.abs().max()  # through some twenty layers
+    for result in (actual, autocast):
+        assert (result - expected).abs().max() <= bound
+
+
+SHALLOW = {
+    "resnet11_tiny_acmix": {},
+    "pvt_tiny_acmix": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 20, 16), "img_size": 64},
+    "swin_tiny_acmix": {"depths": (2,), "embed_dim": 24},
+}
+shallow = pytest.mark.parametrize("name", SHALLOW)
+
+
+@shallow
+def test_compile(name: str) -> None:
+    model = timm.create_model(name, **SHALLOW[name]).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = image(model, name)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@shallow
+def test_export(name: str) -> None:
+    model = timm.create_model(name, **SHALLOW[name]).eval()
+    program = torch.export.export(
+        model, (image(model, name),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    x = image(model, name, batch=3)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@each
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model = few(name).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    again = few(name, checkpoint_path=tmp_path / "model.pth").eval()
+    x = image(model, name)
+    assert torch.equal(again(x), model(x))
+    whole = copy.deepcopy(model)
+    assert torch.equal(whole(x), model(x))
+
+
+@shallow
+def test_local_directory(name: str, tmp_path: Path) -> None:
+    """timm's saved form, with the arguments that the model was made of."""
+    arguments = {"num_classes": 7, "acmix_kwargs": {"mix": "convex"}}
+    model = timm.create_model(name, **arguments).eval()
+    save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = image(model, name)
+    assert torch.equal(again(x), model(x))
+
+
+@each
+def test_meta_device(name: str) -> None:
+    """Shapes of a network that has no memory."""
+    with torch.device("meta"):
+        model = few(name)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_refuses_a_name_that_is_taken() -> None:
+    def resnet50() -> nn.Module:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"resnet50: .*timm.models.resnet has registered it"):
+        _registry.register_model(resnet50)
+    assert model_entrypoint("resnet50").__module__ == "timm.models.resnet"
+
+
+def test_may_be_imported_again() -> None:
+    importlib.reload(acmix.models.resnet)
+    assert acmix.models.list_models() == sorted(NAMES)
+
+
+def test_unknown_names_suggest_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"such as resnet50_acmix, .*; got 'resnet50_acmxi'"):
+        acmix.models.create_model("resnet50_acmxi")
+    with pytest.raises(ValueError, match=r"such as .*resnet50_acmix, .*; got '\?'"):
+        acmix.models.create_model("?")
+    assert acmix.models.create_model("resnet11_tiny_conv").path == "conv"
+
+
+def test_import_leaves_timms_names_alone() -> None:
+    """In a process of its own: which names were there before is known only there."""
+    script = """
+import timm
+before = {name: timm.models.model_entrypoint(name) for name in timm.list_models()}
+import acmix.models
+assert all(timm.models.model_entrypoint(name) is fn for name, fn in before.items())
+assert set(timm.list_models()) == set(before) | set(acmix.models.list_models())
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], check=True)
