@@ -20,7 +20,7 @@ demo: $(READY) ## train a small ACmix network on real digits; pictures in runs/d
 	@$(BIN)/acmix fit --config recipes/digits.yaml
 
 test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --basetemp=.cache/pytest
 
 lint: $(READY) ## lint, format and type checks over the whole tree
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import pytest
 
 import acmix
 from acmix import cli
+from acmix.analysis import environment
 from acmix.cli import main
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
@@ -41,7 +42,17 @@ def test_info_names_versions_devices_and_every_backend(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "timm", "python", "device", *acmix.ops.backends()):
         assert word in out
-    assert all(line.split()[-1] for line in out.splitlines())
+    names = {*environment.versions(), "device", "backend", "training"}
+    for words in map(str.split, out.splitlines()):  # piped: no line goes on in the next
+        assert words[0] in names
+        assert len(words) > 1
+
+
+def test_info_of_a_long_reason_is_one_line(capsys, monkeypatch):
+    reason = "a reason of many words " * 10
+    monkeypatch.setattr("acmix.ops.backends", lambda: {"triton": reason})
+    assert main(["info"]) == 0
+    assert f"not here: {reason.strip()}" in capsys.readouterr().out
 
 
 def test_info_and_help_load_no_lightning():
@@ -49,6 +60,20 @@ def test_info_and_help_load_no_lightning():
         "import sys; from acmix.cli import main; main(['info']); main(['--help']);"
         "assert not {'lightning', 'jsonargparse', 'matplotlib'} & set(sys.modules)"
     )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_and_version_load_nothing_heavy():
+    """The package, which loads torch, is stood in for: what counts is what the command loads."""
+    code = f"""if True:
+        import sys, types
+        package = types.ModuleType("acmix")
+        package.__path__ = {acmix.__path__!r}
+        sys.modules["acmix"] = package
+        from acmix.cli import main
+        main(["--version"]); main(["--help"])
+        assert not {{"torch", "timm", "rich", "numpy"}} & set(sys.modules)
+    """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -92,6 +117,9 @@ def test_without_the_train_extra(capsys, monkeypatch):
         (["fit", "--config", RECIPE, "--threads", "0"], "threads: "),
         (["fit", "--config", RECIPE, "--data.val_fraction", "1.5"], "val_fraction must lie"),
         (["fit", "--config", RECIPE, "--model.model_kwargs.foo", "3"], "'foo'"),
+        (["fit", "--config", RECIPE, "--model.opt_kwargs.foo", "3"], "model.opt_kwargs: "),
+        (["fit", "--config", RECIPE, "--model.sched_kwargs.foo", "3"], "model.sched_kwargs: "),
+        (["fit", "--config", RECIPE, "--ckpt_path", RECIPE], "digits.yaml: "),
         (["fit", "--config", RECIPE, "--trainer.accelerator", "tpu"], "torch_xla"),
         (["fit", "--config", RECIPE, "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
         (["validate"], "name a run"),

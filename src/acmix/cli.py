@@ -1,18 +1,16 @@
-"""The `acmix` command: `info` with the base install, training with the `train` extra."""
+"""The `acmix` command: `info` and `analyze` with the base install, training with `train`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from importlib import metadata
 from importlib.util import find_spec
+from typing import NoReturn
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-import acmix
-from acmix.analysis import environment
-from acmix.ops import _native
-from acmix.tasks.errors import UserError, did_you_mean
+# What takes long to import (torch, rich, timm) is imported where it is used: help is immediate, and
+# Ctrl-C while it loads stops in one line.
+from acmix.tasks.errors import UserError, did_you_mean, user_errors
 
 HELP = """\
 usage: acmix COMMAND [options]
@@ -23,6 +21,7 @@ commands:
   validate  measure a run on its held-out images
   test      measure a run on its test images
   predict   write the class and confidence of every test image as CSV
+  analyze   parameters and multiply-adds of networks, beside the published ones
 
 options:
   -h, --help  this text; `acmix COMMAND --help` for the options of a command
@@ -34,6 +33,22 @@ examples:
   acmix fit --config recipes/digits.yaml
   acmix fit --config recipes/digits.yaml --model.name resnet11_tiny_conv --run runs/conv
   acmix validate runs/digits
+  acmix analyze costs resnet50_acmix resnet50_conv --stages
+"""
+
+ANALYZE_HELP = """\
+usage: acmix analyze WHAT [options]
+
+what:
+  costs  parameters and multiply-adds of networks, beside the published ones
+
+`acmix analyze WHAT --help` for its options
+"""
+COSTS_EXAMPLES = """\
+examples:
+  acmix analyze costs
+  acmix analyze costs resnet50_acmix resnet50_conv --stages
+  acmix analyze costs swin_tiny_acmix --size 800x1333 --format csv
 """
 
 TRAIN_PACKAGES = {
@@ -66,13 +81,15 @@ def _dispatch(args: list[str], debug: bool) -> int:
     if command in ("-h", "--help"):
         print(HELP, end="")
     elif command == "--version":
-        print(f"acmix {acmix.__version__}")
+        print(f"acmix {metadata.version('acmix')}")
     elif command == "info":
         info(args[1:])
+    elif command == "analyze":
+        analyze(args[1:])
     elif command in TRAINING:
         _train(command, args[1:], debug)
     else:
-        known = ("info", *TRAINING)
+        known = ("info", "analyze", *TRAINING)
         raise UserError(f"unknown command{did_you_mean(command, known)} (acmix --help lists all)")
     return 0
 
@@ -98,18 +115,80 @@ def info(args: list[str]) -> None:
         return
     if args:
         raise UserError(f"takes no options, got {args[0]}")
-    console = Console()
+    from rich.markup import escape
+    from rich.table import Table
+
+    from acmix.analysis import environment
+    from acmix.ops import _native, backends
+    from acmix.tasks.console import console
+
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, version in environment.versions().items():
         table.add_row(name, version)
     for device in environment.devices():
         table.add_row("device", device)
-    for name, reason in acmix.ops.backends().items():
+    for name, reason in backends().items():
         runs = f"runs here ({_native.simd()})" if name == "native" else "runs here"
         table.add_row(f"backend {name}", f"not here: {escape(reason)}" if reason else runs)
     if missing := [name for module, name in TRAIN_PACKAGES.items() if find_spec(module) is None]:
         table.add_row("training", f"needs {', '.join(missing)}: pip install 'acmix\\[train]'")
-    console.print(table, highlight=False)
+    console().print(table, highlight=False)
+
+
+def analyze(args: list[str]) -> None:
+    """`acmix analyze costs`: the tables of costs on stdout."""
+    what = args[0] if args else "--help"
+    if what in ("-h", "--help"):
+        print(ANALYZE_HELP, end="")
+    elif what == "costs":
+        analyze_costs(args[1:])
+    else:
+        raise UserError(f"unknown analysis {what!r}{did_you_mean(what, ('costs',))} (known: costs)")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def analyze_costs(args: list[str]) -> None:
+    from acmix.analysis import costs
+
+    parser = Parser(
+        prog="acmix analyze costs",
+        description="Parameters and multiply-adds (FLOPs) for one image, by the conventions of the "
+        "paper, beside its figures.",
+        epilog=COSTS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="of timm, ours among them")
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        metavar="S",
+        help="of the image in pixels, S or HEIGHTxWIDTH; that of the model by default, 224 for "
+        "the published",
+    )
+    parser.add_argument(
+        "--stages", action="store_true", help="by stage: supplementary Table 1 and main Table 1"
+    )
+    parser.add_argument("--format", choices=costs.FORMATS, default="table", help="table by default")
+    options = parser.parse_intermixed_args(args)
+    default = costs.PUBLISHED_STAGES if options.stages else costs.PUBLISHED
+    with user_errors(ValueError):
+        found = [costs.network_costs(name, options.size) for name in options.models or default]
+    print(costs.report(found, options.stages, options.format), end="")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """S or HEIGHTxWIDTH, in pixels."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH in pixels, got {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 if __name__ == "__main__":

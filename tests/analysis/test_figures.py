@@ -68,6 +68,14 @@ def test_mix_without_layers_says_so(tmp_path):
     assert "no layer" in figure.axes[0].texts[0].get_text()
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.499), (None, 1.0), (0.0, 0.0)])
+def test_final_weights_leave_room_above_the_markers(alpha, beta):
+    axes = figures.mix(mix_rows(2, alpha=alpha, beta=beta)).axes[2]
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert top == pytest.approx(1.1 * max(alpha or 0, beta or 0) or 1)
+
+
 @pytest.mark.parametrize(
     ("alpha", "beta", "expected"),
     [(1.0, 1.0, 0.0), (np.e, -1.0, 1.0), (None, 1.0, np.nan), (0.0, 1.0, np.nan)],

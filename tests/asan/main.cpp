@@ -11,22 +11,29 @@
 #include "job.h"
 
 using acmix::Problem;
+using acmix::ShiftProblem;
 using acmix::Tensor;
 
 extern "C" {
 const char* acmix_simd();
 int acmix_attention_forward(const Problem*, const Tensor* q, const Tensor* k, const Tensor* v,
-                            const float* position, const Tensor* out, float* lse,
-                            int64_t threads);
+                            const float* position, const float* alpha, const Tensor* out,
+                            float* lse, int64_t threads);
 int acmix_attention_backward(const Problem*, const Tensor* grad_out, const Tensor* q,
                              const Tensor* k, const Tensor* v, const float* position,
-                             const float* lse, const Tensor* grad_q, const Tensor* grad_k,
-                             const Tensor* grad_v, float* grad_position, int64_t threads);
+                             const float* alpha, const float* lse, const Tensor* grad_q,
+                             const Tensor* grad_k, const Tensor* grad_v, float* grad_position,
+                             float* grad_alpha, int64_t threads);
 int acmix_aggregation_forward(const Problem*, const Tensor* weight, const Tensor* v,
                               const Tensor* out, int64_t threads);
 int acmix_aggregation_backward(const Problem*, const Tensor* grad_out, const Tensor* weight,
                                const Tensor* v, const Tensor* grad_weight, const Tensor* grad_v,
                                int64_t threads);
+int acmix_shift_forward(const ShiftProblem*, const Tensor* pieces, const float* weight,
+                        const Tensor* out, int64_t threads);
+int acmix_shift_backward(const ShiftProblem*, const Tensor* grad_out, const Tensor* pieces,
+                         const float* weight, const Tensor* grad_pieces, float* grad_weight,
+                         int64_t threads);
 }
 
 namespace {
@@ -105,19 +112,44 @@ void run(const Problem& p, const Order& order, int32_t dtype) {
   const std::unique_ptr<float[]> lse(new float[p.batch * p.heads * rows * columns]);
   const std::unique_ptr<float[]> position(new float[2 * p.channels]());
   const std::unique_ptr<float[]> grad_position(new float[2 * p.channels]);
-  int status = acmix_attention_forward(&p, &q.tensor, &k.tensor, &v.tensor, position.get(),
+  const float alpha = 0.5f;
+  float grad_alpha = NAN;
+  int status = acmix_attention_forward(&p, &q.tensor, &k.tensor, &v.tensor, position.get(), &alpha,
                                        &out.tensor, lse.get(), 2);
   require(status == 0 && out.finite(), "attention, forward", p);
   status = acmix_attention_backward(&p, &grad_out.tensor, &q.tensor, &k.tensor, &v.tensor,
-                                    position.get(), lse.get(), &grad_q.tensor, &grad_k.tensor,
-                                    &grad_v.tensor, grad_position.get(), 2);
-  require(status == 0 && grad_q.finite() && grad_k.finite() && grad_v.finite(),
+                                    position.get(), &alpha, lse.get(), &grad_q.tensor,
+                                    &grad_k.tensor, &grad_v.tensor, grad_position.get(),
+                                    &grad_alpha, 2);
+  require(status == 0 && grad_q.finite() && grad_k.finite() && grad_v.finite() &&
+              std::isfinite(grad_alpha),
           "attention, backward", p);
   status = acmix_aggregation_forward(&p, &weight.tensor, &v.tensor, &out.tensor, 2);
   require(status == 0 && out.finite(), "aggregation, forward", p);
   status = acmix_aggregation_backward(&p, &grad_out.tensor, &weight.tensor, &v.tensor,
                                       &grad_weight.tensor, &grad_v.tensor, 2);
   require(status == 0 && grad_weight.finite() && grad_v.finite(), "aggregation, backward", p);
+}
+
+void run_shift(ShiftProblem p, const Order& order, int32_t dtype) {
+  const int64_t rows = (p.height + p.stride - 1) / p.stride;
+  const int64_t columns = (p.width + p.stride - 1) / p.stride;
+  const std::array<int64_t, 5> out_size{p.batch, p.groups, p.outputs, rows, columns};
+  const std::array<int64_t, 5> in_size{p.batch, p.groups, p.inputs, p.height, p.width};
+  const Buffer pieces(in_size, order, dtype, true), grad_out(out_size, order, dtype, true);
+  const Buffer out(out_size, order, dtype, false), grad_pieces(in_size, order, dtype, false);
+  const int64_t count = p.groups * p.outputs * p.inputs * p.window * p.window;
+  const std::unique_ptr<float[]> weight(new float[count]), grad_weight(new float[count]);
+  for (int64_t i = 0; i < count; i++) weight[i] = 0.5f;
+  const Problem described{p.batch,  p.groups, p.inputs, p.height,
+                          p.width, p.window, p.stride, p.dilation};
+  for (p.accumulate = 0; p.accumulate < 2; p.accumulate++) {
+    int status = acmix_shift_forward(&p, &pieces.tensor, weight.get(), &out.tensor, 2);
+    require(status == 0 && out.finite(), "shift convolution, forward", described);
+    status = acmix_shift_backward(&p, &grad_out.tensor, &pieces.tensor, weight.get(),
+                                  &grad_pieces.tensor, grad_weight.get(), 2);
+    require(status == 0 && grad_pieces.finite(), "shift convolution, backward", described);
+  }
 }
 
 }  // namespace
@@ -134,10 +166,22 @@ int main() {
             const int64_t heads = 1 + cases % 5, channels = 1 + cases % 9;
             const int32_t dtype = static_cast<int32_t>(cases % 3);
             run({2, heads, channels, size[0], size[1], window, stride, dilation}, order, dtype);
+            const int64_t outputs = 1 + cases % 6, batch = 1 + cases % 4;
+            run_shift({batch, heads, channels, outputs, size[0], size[1], window, stride, dilation,
+                       0},
+                      order, dtype);
             cases++;
           }
         }
       }
+    }
+  }
+  // Rows in several chunks, and small images together.
+  for (const Order& order : kOrders) {
+    for (const int64_t stride : {1, 2}) {
+      run_shift({1, 5, 12, 4, 70, 60, 3, stride, 1, 0}, order, acmix::kFloat32);
+      run_shift({40, 3, 12, 4, 5, 6, 5, stride, 1, 0}, order, acmix::kFloat32);
+      cases += 2;
     }
   }
   std::printf("%ld cases, %s\n", static_cast<long>(cases), acmix_simd());

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import acmix.layers.acmix as acmix_layer
 import acmix.layers.window as window_layer
@@ -114,7 +114,7 @@ def test_resnet26(wrapped: bool) -> None:
     model.load_state_dict(from_released(weights))
     with torch.inference_mode():
         logits = model(formula_image(int(metadata["size"]), phase))
-    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=scale(golden) * 1e-9)
+    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=scale(golden) * 1e-10)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["pieces", "dense"])
@@ -127,7 +127,7 @@ def test_swin_tiny(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model.load_state_dict(from_released(formula_weights(shapes, phase)))
     with torch.inference_mode():
         logits = model(formula_image(int(metadata["size"]), phase))
-    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=scale(golden) * 1e-9)
+    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=scale(golden) * 1e-10)
 
 
 def scale(golden: dict[str, Tensor]) -> float:
@@ -235,3 +235,23 @@ def test_other_state_dicts_are_left_alone() -> None:
     assert not is_released(model.state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict(timm.create_model("resnet26_acmix").state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrapping_modules(prefix: str) -> None:
+    golden = read("resnet_module_k3_1head")[1]
+    weights = {k[7:]: v for k, v in golden.items() if k.startswith("weight/")}
+    expected = from_released(weights)
+    actual = from_released({prefix + key: value for key, value in weights.items()})
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="expected 'rate1' once, got it with a prefix as well"):
+        from_released({**weights, prefix + "rate1": weights["rate1"]})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["weights.pth", nn.Linear(1, 1), {0: torch.ones(1)}, None], ids=str
+)
+def test_what_is_no_state_dict(wrong: object) -> None:
+    with pytest.raises(TypeError, match="state_dict: expected a dict from names to tensors"):
+        from_released(wrong)

@@ -20,17 +20,21 @@ import acmix.models
 from acmix.models import _registry
 from acmix.models.pvt import PATHS as TRANSFORMER_PATHS
 from acmix.models.resnet import PATHS as RESNET_PATHS
+from acmix.models.san import PATHS as SAN_PATHS
 
 RESNETS = ["resnet26", "resnet38", "resnet50", "resnet26_small", "resnet11_tiny"]
+SANS = ["san10", "san15", "san19"]
 TRANSFORMERS = ["pvt_tiny", "pvt_small", "swin_tiny", "swin_small"]
 NAMES = [
     *(f"{base}_{path}" for base in RESNETS for path in RESNET_PATHS),
+    *(f"{base}_{path}" for base in SANS for path in SAN_PATHS),
     *(f"{base}_{path}" for base in TRANSFORMERS for path in TRANSFORMER_PATHS),
 ]
 # One of each family and path, where depth and width add nothing.
 EACH = [
     *(f"resnet26_{path}" for path in RESNET_PATHS),
     "resnet11_tiny_acmix",
+    *(f"san10_{path}" for path in SAN_PATHS),
     *(f"{base}_tiny_{path}" for base in ("pvt", "swin") for path in TRANSFORMER_PATHS),
 ]
 each = pytest.mark.parametrize("name", EACH)
@@ -50,10 +54,17 @@ def channels(model: nn.Module) -> int:
     return next(p for p in model.parameters() if p.dim() == 4).shape[1]
 
 
+FEW = {
+    "resnet26": {"layers": (1, 2, 1, 1)},
+    "san": {"depths": (1, 2, 1, 1, 1)},
+    "pvt": {"depths": (2, 2, 2, 2)},
+    "swin": {"depths": (2, 2, 2, 2)},
+}
+
+
 def few(name: str, **arguments: object) -> nn.Module:
     """The model with one block or two in a stage and ten classes."""
-    depths = {"layers": (1, 2, 1, 1)} if name.startswith("resnet26") else {}
-    depths = {"depths": (2, 2, 2, 2)} if name.startswith(("swin", "pvt")) else depths
+    depths = next((d for family, d in FEW.items() if name.startswith(family)), {})
     return timm.create_model(name, **{"num_classes": 10, **depths, **arguments})
 
 
@@ -221,6 +232,7 @@ def test_bfloat16(name: str) -> None:
 
 SHALLOW = {
     "resnet11_tiny_acmix": {},
+    "san10_acmix": {"depths": (1, 1), "widths": (32, 64), "kernels": (3, 5)},
     "pvt_tiny_acmix": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 20, 16), "img_size": 64},
     "swin_tiny_acmix": {"depths": (2,), "embed_dim": 24},
 }

@@ -7,9 +7,13 @@ import pytest
 import torch
 from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from acmix.ops import window_attention
-from acmix.ops.window_attention import IMPLEMENTATIONS
+from acmix.ops import backends, window_attention
+from acmix.ops.window_attention import tiled
+
+HERE = [name for name, reason in backends().items() if reason is None]
+FAST = [name for name in HERE if name != "reference"]
 
 # (H, W, window, stride, dilation): odd, tiny, no multiple of a tile, smaller than the window.
 SHAPES = [
@@ -121,19 +125,78 @@ def test_tiled_is_the_reference(shape: tuple[int, ...], position: bool, dtype: t
     assert_all_close(actual, expected, TOLERANCE[dtype] * 4)
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("head_dim", [1, 5, 64])
 def test_head_sizes_and_empty_batch(backend: str, head_dim: int) -> None:
     shape = (9, 8, 7, 1, 1)
     for batch in (0, 1):
         inputs = make_inputs(shape, 3, head_dim, batch, torch.float32)
-        try:
-            actual = outputs_and_gradients(run(shape, backend, heads=3), inputs)
-        except ValueError as error:
-            pytest.skip(str(error))
+        actual = outputs_and_gradients(run(shape, backend, heads=3), inputs)
         exact = [x.double() for x in inputs]
         expected = outputs_and_gradients(run(shape, "reference", heads=3), exact)
         assert_all_close(actual, expected, TOLERANCE[torch.float32], f"batch {batch}")
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 5, 12])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiled_copies_few_keys(stride: int, dilation: int) -> None:
+    """Whatever the dilation; windows unfolded would copy 49 keys a query."""
+    side = 96
+    q = torch.empty(1, 1, 1, side // stride, side // stride)
+    tiles = tiled._Tiles(q, torch.empty(1, 1, 1, side, side), 7, stride, dilation)
+    assert tiles.pixels.numel() / q.numel() < {1: 5, 2: 12}[stride]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_refused(backend: str) -> None:
+    shape = (5, 6, 3, 1, 1)
+    q, k, v, position = (x.requires_grad_() for x in make_inputs(shape, dtype=torch.float32))
+    out = run(shape, backend)(q, k, v, position)
+    [grad] = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_transforms_of_torch_func() -> None:
+    """The fast paths have no rule for them: "auto" takes the reference, a forced one raises."""
+    shape = (5, 6, 3, 1, 1)
+    q, k, v, position = make_inputs(shape, dtype=torch.float32)
+
+    def transformed(backend: str) -> list[Tensor]:
+        function = run(shape, backend)
+        _, tangent = torch.func.jvp(lambda k: function(q, k, v, position), (k,), (v,))
+        gradient = torch.func.grad(lambda q: function(q, k, v, position).sum())(q)
+        batched = torch.func.vmap(lambda q: function(q, k, v, position))(torch.stack([q, v]))
+        return [tangent, gradient, batched]
+
+    for actual, expected in zip(transformed("auto"), transformed("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert expected.abs().sum() > 0
+    for backend in FAST:
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot run here: .*torch.func"):
+            transformed(backend)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_autocast_gives_one_dtype(backend: str) -> None:
+    shape = (5, 6, 3, 1, 1)
+    q, k, v, position = make_inputs(shape, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(shape, backend)(q.bfloat16(), k, v, position)
+    assert out.dtype == torch.bfloat16
+    expected = run(shape, "reference")(q, k, v, position)
+    assert_all_close([out], [expected], TOLERANCE[torch.bfloat16] * 2)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_flops_are_counted(backend: str) -> None:
+    shape = (5, 6, 3, 1, 1)
+    inputs = [x.requires_grad_() for x in make_inputs(shape, dtype=torch.float32)]
+    with FlopCounterMode(display=False) as counter:
+        run(shape, backend)(*inputs).sum().backward()
+    products = 2 + 5  # forward and backward
+    assert counter.get_total_flops() == products * 2 * 3**2 * inputs[0].numel()
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -173,6 +236,12 @@ def test_attention_reads_tensors_of_any_strides() -> None:
         ({"v": torch.ones(2, 6, 7, 9).half()}, TypeError, "v: expected the dtype of k"),
         ({"position": torch.ones(2, 2)}, ValueError, r"position: expected shape \(3, 2\)"),
         ({"k": torch.randn(2, 6, 0, 9)}, ValueError, "k: expected a map of 1x1 or more"),
+        ({"k": torch.randn(2, 0, 7, 9)}, ValueError, "k: expected a channel or more"),
+        (
+            {"position": torch.ones(3, 2, device="meta")},
+            ValueError,
+            "position: expected the device",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -2,18 +2,22 @@
 
 import csv
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 import torch
 
 from acmix.cli import main
-from acmix.tasks.callbacks import WholeFileCheckpointIO
+from acmix.tasks import progress, report
+from acmix.tasks.callbacks import HeldOut, WholeFileCheckpointIO
 from acmix.tasks.classification import Classification
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
@@ -143,6 +147,130 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert rows[:1] == first
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert not (tmp_path / "run.1").exists()
+
+
+def config_of(run):
+    return ["fit", "--config", str(run / "config.yaml")]
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, capsys):
+    moved, other = tmp_path / "run.1", tmp_path / "run"
+    shutil.copytree(run, moved)
+    shutil.copytree(run, other)
+    config = (moved / "config.yaml").read_text().replace(f"run: {run}", "run: run")
+    (moved / "config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    assert main([*config_of(moved), "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert len(rows_of(moved / "metrics.csv")) == 3
+    assert len(rows_of(other / "metrics.csv")) == 2
+    assert sorted(tmp_path.iterdir()) == [other, moved]
+
+
+def test_last_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert fit(folder, "--ckpt_path", "last", "--trainer.max_epochs", "1") == 0
+    last = folder / "checkpoints" / "last.ckpt"
+    assert f"no checkpoint at {last} yet: starting anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "was", "now"),
+    [("name", "resnet11_tiny_acmix", "resnet11_tiny_conv"), ("opt", "adamw", "sgd")],
+)
+def test_another_network_or_optimizer_changes_nothing(run, tmp_path, capsys, option, was, now):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = (folder / "config.yaml").read_text()
+    args = [*config_of(folder), "--ckpt_path", "last", f"--model.{option}", now]
+    assert main([*args, "--trainer.max_epochs", "3"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for word in (f"{folder}/checkpoints/last.ckpt", was, now):
+        assert word in said
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_finished_run_is_left_as_it_is(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main([*config_of(folder), "--ckpt_path", "last"]) == 0
+    assert capsys.readouterr().out == f"{folder}: already finished (2 of 2 epochs)\n"
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pictures_are_of_the_last_validation_not_of_the_sanity_check():
+    held_out = HeldOut()
+    outputs, batch = torch.eye(3), (torch.zeros(3, 1, 8, 8), torch.arange(3))
+    for sanity_checking, seen in ((True, 0), (False, 3), (True, 3)):
+        trainer = SimpleNamespace(sanity_checking=sanity_checking)
+        held_out.on_validation_epoch_start(trainer, None)
+        held_out.on_validation_batch_end(trainer, None, outputs, batch, 0)
+        assert len(held_out.truth) == len(held_out.images) == seen
+
+
+@pytest.mark.parametrize("where", ["folder", "."])
+@pytest.mark.parametrize("keys", ["x: 1", "run: a\nmodel: b\ndata: c\ntrainer: d"])
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path, monkeypatch, capsys, where, keys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(keys)
+    monkeypatch.chdir(folder if where == "." else tmp_path)
+    assert fit(where) == 2
+    assert "is not empty and no run of acmix" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.iterdir()) == [folder / "config.yaml"]
+
+
+def test_the_working_folder_as_run(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    monkeypatch.chdir(folder)
+    assert fit(".", "--trainer.max_epochs", "1") == 0
+    assert f"{folder} held an earlier run, which is now {folder}.1" in capsys.readouterr().err
+    assert len(rows_of(folder / "metrics.csv")) == 1
+
+
+def test_nothing_to_train_leaves_no_folder(tmp_path, capsys):
+    assert fit(tmp_path / "run", "--trainer.max_epochs", "0") == 0
+    assert capsys.readouterr().out.startswith("nothing was trained")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option", [["--trainer.fast_dev_run", "true"], ["--trainer.limit_val_batches", "0"]]
+)
+def test_the_final_table_names_only_what_there_is(tmp_path, capsys, option):
+    folder = tmp_path / "run"
+    assert fit(folder, *option) == 0
+    out = capsys.readouterr().out
+    table, commands = out.split("Next, for example:")
+    words = table.replace(",", " ").split()
+    named = [word for word in words if word.endswith((".png", ".csv", ".json", ".ckpt"))]
+    assert f"{folder}/curves.png" in named
+    assert all((folder / name).is_file() for name in named)
+    assert "nan" not in table
+    assert ("held-out accuracy" in table) == ("fast_dev_run" in option[0])
+    assert (folder / "config.yaml").is_file()
+    assert ("acmix validate" in commands) == (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_suggested_commands_take_their_folder_as_one_word(tmp_path):
+    run = tmp_path / "my run"
+    network = {"name": "resnet11_tiny_acmix"}
+    [baseline, seed] = [shlex.split(command) for command in report.next_commands(run, network)]
+    assert f"{run}/config.yaml" in baseline
+    assert "resnet11_tiny_conv" in baseline
+    assert f"{run}-seed1" in seed
+    for other in ({"name": "swin_tiny_acmix"}, {**network, "model_kwargs": {"window": 5}}):
+        assert len(report.next_commands(run, other)) == 1
+
+
+def test_lines_come_within_an_epoch(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert fit(tmp_path / "run", "--trainer.max_epochs", "1") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
+    assert len(lines) == 5  # four batches and the end
 
 
 def test_a_network_without_the_operator(tmp_path):

@@ -148,6 +148,7 @@ def _depth_bar(figure: Figure, axes: Axes, count: int) -> None:
 
 
 def _final_weights(axes: Axes, final: Mapping[str, Row]) -> None:
+    top = 0.0
     for weight, path, colour, marker in (
         ("alpha", "attention", ATTENTION, "o"),
         ("beta", "convolution", CONVOLUTION, "s"),
@@ -155,8 +156,9 @@ def _final_weights(axes: Axes, final: Mapping[str, Row]) -> None:
         sizes = [math.nan if row[weight] is None else abs(row[weight]) for row in final.values()]
         depth = range(1, len(sizes) + 1)
         axes.plot(depth, sizes, color=colour, marker=marker, label=f"|{weight}|, {path}")
+        top = max([top, *(size for size in sizes if math.isfinite(size))])
     axes.set_title("Both weights at the end, by depth")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * top or 1.0)
     axes.legend()
     _depth_axis(axes, list(final))
 

@@ -227,6 +227,12 @@ int run(const Job& job, int64_t threads, int64_t (*scratch_size)(const Geometry&
   return run_tasks(threads, tasks, scratch, Call<Job>::run, &call) ? kOk : kNoMemory;
 }
 
+float sum_of(const std::vector<float>& values) {
+  double total = 0.0;
+  for (float value : values) total += value;
+  return static_cast<float>(total);
+}
+
 void sum_position_gradient(const Geometry& g, const std::vector<float>& by_row, float* sums) {
   const size_t width = static_cast<size_t>(g.channels) * 2;
   std::vector<double> total(width, 0.0);
@@ -235,7 +241,8 @@ void sum_position_gradient(const Geometry& g, const std::vector<float>& by_row, 
 }
 
 int attention_forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v,
-                      const float* position, const Tensor& out, float* lse, int64_t threads) {
+                      const float* position, float alpha, const Tensor& out, float* lse,
+                      int64_t threads) {
   Attention job{};
   Tables tables;
   job.g = make_geometry(p, head_group(p, {&q, &k, &v, &out}), tables);
@@ -249,12 +256,14 @@ int attention_forward(const Problem& p, const Tensor& q, const Tensor& k, const 
   job.column_location = at.column.data();
   job.row_location = at.row.data();
   job.lse = lse;
+  job.alpha = alpha;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
   const Kernels& kernels = *simd().kernels;
   return run(job, threads, kernels.attention_forward_scratch, kernels.attention_forward);
 }
 
-int attention_backward(const Problem& p, Attention job, int64_t threads, float* grad_position) {
+int attention_backward(const Problem& p, Attention job, int64_t threads, float* grad_position,
+                       float* grad_alpha) {
   Tables tables;
   job.g = make_geometry(p,
                         head_group(p, {&job.query, &job.key, &job.value, &job.grad_out,
@@ -270,10 +279,211 @@ int attention_backward(const Problem& p, Attention job, int64_t threads, float* 
     by_row.resize(static_cast<size_t>(p.batch * p.heads * p.height * p.channels * 2));
     job.grad_position_by_row = by_row.data();
   }
+  std::vector<float> alpha_by_row;
+  if (grad_alpha) {
+    alpha_by_row.resize(static_cast<size_t>(p.batch * p.heads * job.g.out_height));
+    job.grad_alpha_by_row = alpha_by_row.data();
+  }
   const Kernels& kernels = *simd().kernels;
   const int status =
       run(job, threads, kernels.attention_backward_scratch, kernels.attention_backward);
   if (grad_position) sum_position_gradient(job.g, by_row, grad_position);
+  if (grad_alpha) *grad_alpha = sum_of(alpha_by_row);
+  return status;
+}
+
+// The tables behind the geometry of a shift convolution.
+struct ShiftTables {
+  std::vector<ShiftPhase> phases;
+  std::vector<ShiftTap> taps, sources, gradient_taps;
+  std::vector<int64_t> first_of_phase;
+};
+
+int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
+
+// Calls body(row, column, index) for the taps of the kernel that reach the map from somewhere, with
+// their distance in pixels.
+template <class Body>
+void for_shift_taps(const ShiftProblem& p, const Body& body) {
+  const int64_t radius = p.window / 2;
+  const auto reach = [&](int64_t size) {
+    return radius < (size - 1) / p.dilation ? radius : (size - 1) / p.dilation;
+  };
+  const int64_t rows = reach(p.height), columns = reach(p.width);
+  for (int64_t a = -rows; a <= rows; a++) {
+    for (int64_t b = -columns; b <= columns; b++) {
+      body(a * p.dilation, b * p.dilation, (a + radius) * p.window + b + radius);
+    }
+  }
+}
+
+int64_t phase_number(std::vector<ShiftPhase>& phases, int64_t row, int64_t column) {
+  for (size_t i = 0; i < phases.size(); i++) {
+    if (phases[i].row == row && phases[i].column == column) return static_cast<int64_t>(i);
+  }
+  phases.push_back({row, column});
+  return static_cast<int64_t>(phases.size()) - 1;
+}
+
+// The tap `distance` pixels away reads the pixels of this phase.
+int64_t phase_of(int64_t distance, int64_t stride) {
+  return distance - floor_div(distance, stride) * stride;
+}
+
+void fill_phases(ShiftGeometry& g, const ShiftProblem& p, ShiftTables& tables) {
+  for_shift_taps(p, [&](int64_t row, int64_t column, int64_t) {
+    phase_number(tables.phases, phase_of(row, g.row_stride), phase_of(column, g.column_stride));
+    const int64_t rows = ceil_div(row > 0 ? row : 0, g.row_stride);
+    const int64_t columns = ceil_div(column > 0 ? column : 0, g.column_stride);
+    if (rows > g.gap_y) g.gap_y = rows;
+    if (columns > g.gap_x) g.gap_x = columns;
+  });
+  g.pitch = g.out_width + g.gap_x;
+  g.phases = static_cast<int64_t>(tables.phases.size());
+  g.phase = tables.phases.data();
+}
+
+void fill_shift_taps(ShiftGeometry& g, const ShiftProblem& p, ShiftTables& tables) {
+  for_shift_taps(p, [&](int64_t row, int64_t column, int64_t index) {
+    const int64_t i = floor_div(row, g.row_stride), j = floor_div(column, g.column_stride);
+    const int64_t phase = phase_number(tables.phases, phase_of(row, g.row_stride),
+                                       phase_of(column, g.column_stride));
+    tables.taps.push_back({phase * g.inputs * g.plane_pitch + i * g.pitch + j, index});
+  });
+  for (int64_t input = 0; input < g.inputs; input++) {
+    for (const ShiftTap& tap : tables.taps) {
+      tables.sources.push_back(
+          {input * g.plane_pitch + tap.offset, input * g.kernel + tap.index});
+    }
+  }
+}
+
+void fill_gradient_taps(const ShiftGeometry& g, const ShiftProblem& p, ShiftTables& tables) {
+  for (int64_t y = 0; y < g.row_stride; y++) {
+    for (int64_t x = 0; x < g.column_stride; x++) {
+      tables.first_of_phase.push_back(static_cast<int64_t>(tables.gradient_taps.size()));
+      for_shift_taps(p, [&](int64_t row, int64_t column, int64_t index) {
+        if ((y - row) % g.row_stride != 0 || (x - column) % g.column_stride != 0) return;
+        const int64_t i = (y - row) / g.row_stride, j = (x - column) / g.column_stride;
+        tables.gradient_taps.push_back({i * g.pitch + j, index});
+      });
+    }
+  }
+  tables.first_of_phase.push_back(static_cast<int64_t>(tables.gradient_taps.size()));
+}
+
+// Groups whose pixels share cache lines are staged together.
+int64_t group_block(const ShiftProblem& p, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (t->data && t->stride[4] != 1) return p.groups < 4 ? p.groups : 4;
+  }
+  return 1;
+}
+
+// What a task stages should stay in the second-level cache; small images go together, since ends of
+// rows of places cost. No word of threads: gradients of the kernels are summed task by task.
+void set_shift_tasks(ShiftGeometry& g, int64_t planes) {
+  constexpr double cache = 128 * 1024;
+  constexpr int64_t enough_places = 1024;
+  const double row = static_cast<double>(g.group_block * planes) * static_cast<double>(g.pitch);
+  const int64_t affordable = static_cast<int64_t>(cache / row);
+  const int64_t smallest = 8 + 2 * g.gap_y;
+  const int64_t wanted = affordable > smallest ? affordable : smallest;
+  g.chunks = ceil_div(g.out_height, wanted);
+  g.row_chunk = ceil_div(g.out_height, g.chunks);
+  g.chunks = ceil_div(g.out_height, g.row_chunk);
+  const int64_t rows = g.row_chunk + g.gap_y;
+  int64_t images = enough_places / (rows * g.pitch);
+  if (images > affordable / rows) images = affordable / rows;
+  if (images > g.batch) images = g.batch;
+  g.images = g.chunks > 1 || images < 1 ? 1 : images;
+  g.image_blocks = ceil_div(g.batch, g.images);
+  const int64_t places = (g.images * rows + g.gap_y) * g.pitch;
+  g.plane_pitch = spread(places + 2 * g.gap_x + 16);
+}
+
+ShiftGeometry make_shift_geometry(const ShiftProblem& p, int64_t block, ShiftTables& tables) {
+  ShiftGeometry g{};
+  g.batch = p.batch;
+  g.groups = p.groups;
+  g.inputs = p.inputs;
+  g.outputs = p.outputs;
+  g.height = p.height;
+  g.width = p.width;
+  g.out_height = ceil_div(p.height, p.stride);
+  g.out_width = ceil_div(p.width, p.stride);
+  g.row_stride = p.stride < p.height ? p.stride : p.height;  // longer steps are all alike
+  g.column_stride = p.stride < p.width ? p.stride : p.width;
+  g.kernel = p.window * p.window;
+  g.group_block = block;
+  g.group_blocks = ceil_div(p.groups, block);
+  fill_phases(g, p, tables);
+  set_shift_tasks(g, (g.phases + 1) * g.inputs + g.outputs);
+  fill_shift_taps(g, p, tables);
+  fill_gradient_taps(g, p, tables);
+  g.taps = static_cast<int64_t>(tables.taps.size());
+  g.tap = tables.taps.data();
+  g.source = tables.sources.data();
+  g.gradient_tap = tables.gradient_taps.data();
+  g.first_of_phase = tables.first_of_phase.data();
+  return g;
+}
+
+bool sane(const ShiftProblem& p) {
+  for (int64_t n : {p.groups, p.inputs, p.outputs}) {
+    if (n < 1 || n > kLargest) return false;
+  }
+  const double kernels = static_cast<double>(p.groups) * static_cast<double>(p.outputs) *
+                         static_cast<double>(p.inputs) * static_cast<double>(p.window);
+  return kernels * static_cast<double>(p.window) < 1e12 &&
+         sane(Problem{p.batch, p.groups, p.inputs, p.height, p.width, p.window, p.stride,
+                      p.dilation});
+}
+
+bool affordable(const ShiftGeometry& g) {
+  const double planes = static_cast<double>(g.phases + 1) * static_cast<double>(g.inputs) +
+                        static_cast<double>(g.outputs);
+  return planes * static_cast<double>(g.plane_pitch) * static_cast<double>(g.group_block) < 1e11;
+}
+
+int run_shift(const Shift& job, int64_t threads, int64_t (*scratch_size)(const ShiftGeometry&),
+              void (*task)(const Shift&, int64_t, float*)) {
+  if (!affordable(job.g)) return kNoMemory;
+  const Call<Shift> call{task, &job};
+  const int64_t tasks = job.g.image_blocks * job.g.chunks * job.g.group_blocks;
+  return run_tasks(threads, tasks, scratch_size(job.g), Call<Shift>::run, &call) ? kOk : kNoMemory;
+}
+
+int shift_forward(const ShiftProblem& p, const Tensor& pieces, const float* weight,
+                  const Tensor& out, int64_t threads) {
+  Shift job{};
+  ShiftTables tables;
+  job.g = make_shift_geometry(p, group_block(p, {&pieces, &out}), tables);
+  job.pieces = pieces;
+  job.out = out;
+  job.weight = weight;
+  job.accumulate = p.accumulate != 0;
+  const Kernels& kernels = *simd().kernels;
+  return run_shift(job, threads, kernels.shift_forward_scratch, kernels.shift_forward);
+}
+
+int shift_backward(const ShiftProblem& p, Shift job, float* grad_weight, int64_t threads) {
+  ShiftTables tables;
+  job.g = make_shift_geometry(p, group_block(p, {&job.pieces, &job.grad_out, &job.grad_pieces}),
+                              tables);
+  job.accumulate = p.accumulate != 0;
+  const ShiftGeometry& g = job.g;
+  const size_t size = static_cast<size_t>(g.groups * g.outputs * g.inputs * g.kernel);
+  const size_t parts = static_cast<size_t>(g.image_blocks * g.chunks);
+  std::vector<float> others(grad_weight && parts > 1 ? parts * size : 0);
+  job.grad_weight = others.empty() ? grad_weight : others.data();
+  const Kernels& kernels = *simd().kernels;
+  const int status = run_shift(job, threads, kernels.shift_backward_scratch,
+                               kernels.shift_backward);
+  if (grad_weight && parts == 0) std::memset(grad_weight, 0, size * sizeof(float));
+  for (size_t i = 0; i < others.size(); i++) {
+    grad_weight[i % size] = (i < size ? 0.0f : grad_weight[i % size]) + others[i];
+  }
   return status;
 }
 
@@ -291,18 +501,21 @@ int guarded(const Function& function) {
 }  // namespace acmix
 
 using acmix::Problem;
+using acmix::ShiftProblem;
 using acmix::Tensor;
 
-ACMIX_EXPORT int acmix_interface() { return 1; }
+ACMIX_EXPORT int acmix_interface() { return 2; }
 
 // GOMP_parallel of the OpenMP runtime that the caller uses, or null.
 ACMIX_EXPORT void acmix_lend_threads(acmix::ParallelRegion region) { acmix::lend_threads(region); }
 
 ACMIX_EXPORT const char* acmix_simd() { return acmix::simd().name; }
 
+// `alpha` is a factor of the output, 1 where it is null.
 ACMIX_EXPORT int acmix_attention_forward(const Problem* p, const Tensor* q, const Tensor* k,
                                          const Tensor* v, const float* position,
-                                         const Tensor* out, float* lse, int64_t threads) {
+                                         const float* alpha, const Tensor* out, float* lse,
+                                         int64_t threads) {
   if (!acmix::sane(*p)) return acmix::kBadProblem;
   const int64_t rows = acmix::ceil_div(p->height, p->stride);
   const int64_t columns = acmix::ceil_div(p->width, p->stride);
@@ -314,16 +527,19 @@ ACMIX_EXPORT int acmix_attention_forward(const Problem* p, const Tensor* q, cons
       return acmix::kBadTensor;
     }
   }
-  return acmix::guarded(
-      [&] { return acmix::attention_forward(*p, *q, *k, *v, position, *out, lse, threads); });
+  return acmix::guarded([&] {
+    return acmix::attention_forward(*p, *q, *k, *v, position, alpha ? *alpha : 1.0f, *out, lse,
+                                    threads);
+  });
 }
 
 ACMIX_EXPORT int acmix_attention_backward(const Problem* p, const Tensor* grad_out,
                                           const Tensor* q, const Tensor* k, const Tensor* v,
-                                          const float* position, const float* lse,
+                                          const float* position, const float* alpha,
+                                          const float* lse,
                                           const Tensor* grad_q, const Tensor* grad_k,
                                           const Tensor* grad_v, float* grad_position,
-                                          int64_t threads) {
+                                          float* grad_alpha, int64_t threads) {
   if (!acmix::sane(*p)) return acmix::kBadProblem;
   const int64_t rows = acmix::ceil_div(p->height, p->stride);
   const int64_t columns = acmix::ceil_div(p->width, p->stride);
@@ -345,9 +561,11 @@ ACMIX_EXPORT int acmix_attention_backward(const Problem* p, const Tensor* grad_o
   job.grad_key = *grad_k;
   job.grad_value = *grad_v;
   job.position = position;
+  job.alpha = alpha ? *alpha : 1.0f;
   job.lse = const_cast<float*>(lse);
-  return acmix::guarded(
-      [&] { return acmix::attention_backward(*p, job, threads, grad_position); });
+  return acmix::guarded([&] {
+    return acmix::attention_backward(*p, job, threads, grad_position, grad_alpha);
+  });
 }
 
 // `heads` counts the channels of the weights, `channels` those of the values that share one.
@@ -407,4 +625,39 @@ ACMIX_EXPORT int acmix_aggregation_backward(const Problem* p, const Tensor* grad
     return acmix::run(job, threads, kernels.aggregation_backward_scratch,
                       kernels.aggregation_backward);
   });
+}
+
+ACMIX_EXPORT int acmix_shift_forward(const ShiftProblem* p, const Tensor* pieces,
+                                     const float* weight, const Tensor* out, int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  if (!acmix::fits(*pieces, p->batch, p->groups, p->inputs, p->height, p->width) ||
+      !acmix::fits(*out, p->batch, p->groups, p->outputs, rows, columns) || !weight) {
+    return acmix::kBadTensor;
+  }
+  return acmix::guarded([&] { return acmix::shift_forward(*p, *pieces, weight, *out, threads); });
+}
+
+ACMIX_EXPORT int acmix_shift_backward(const ShiftProblem* p, const Tensor* grad_out,
+                                      const Tensor* pieces, const float* weight,
+                                      const Tensor* grad_pieces, float* grad_weight,
+                                      int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  const int64_t rows = acmix::ceil_div(p->height, p->stride);
+  const int64_t columns = acmix::ceil_div(p->width, p->stride);
+  for (const Tensor* t : {pieces, grad_pieces}) {
+    if (!acmix::fits(*t, p->batch, p->groups, p->inputs, p->height, p->width)) {
+      return acmix::kBadTensor;
+    }
+  }
+  if (!acmix::fits(*grad_out, p->batch, p->groups, p->outputs, rows, columns) || !weight) {
+    return acmix::kBadTensor;
+  }
+  acmix::Shift job{};
+  job.pieces = *pieces;
+  job.grad_out = *grad_out;
+  job.grad_pieces = *grad_pieces;
+  job.weight = weight;
+  return acmix::guarded([&] { return acmix::shift_backward(*p, job, grad_weight, threads); });
 }

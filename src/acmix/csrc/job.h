@@ -21,6 +21,12 @@ struct Problem {
   int64_t batch, heads, channels, height, width, window, stride, dilation;
 };
 
+// The convolution of `inputs` pieces to `outputs` channels in each of `groups` groups.
+struct ShiftProblem {
+  int64_t batch, groups, inputs, outputs, height, width, window, stride, dilation;
+  int64_t accumulate;  // whether results are added to what the tensors hold
+};
+
 // At most this many rows share one load of a neighbour's row.
 constexpr int kBand = 3;
 
@@ -49,13 +55,51 @@ struct Attention {
   const float* row_location;
   float* lse;                    // [batch][heads][out_height][out_width], base 2
   float* grad_position_by_row;   // [batch][heads][height][channels][2] or null
-  float scale;
+  float* grad_alpha_by_row;      // [batch][heads][out_height] or null
+  float scale;                   // of the logits
+  float alpha;                   // factor of the outputs
 };
 
 struct Aggregation {
   Geometry g;
   Tensor weight, value, out;
   Tensor grad_out, grad_weight, grad_value;
+};
+
+// Planes in scratch are zero-padded rows of one pitch, end to end, of one image or of several small
+// ones: `gap_x` zeros before each row serve the row before it too, `gap_y` rows of them above each
+// image the image above. So a vector of outputs may cross rows, and only the gaps between them are
+// computed in vain. An input plane holds the pixels of one phase of the stride.
+struct ShiftTap {
+  int64_t offset;  // from an output's place in its plane to that of its input
+  int64_t index;   // in the kernel
+};
+
+struct ShiftPhase {
+  int64_t row, column;  // of the first pixel
+};
+
+struct ShiftGeometry {
+  int64_t batch, groups, inputs, outputs, height, width, out_height, out_width;
+  int64_t kernel, row_stride, column_stride;  // kernel: taps of the whole one
+  int64_t gap_y, gap_x, pitch, plane_pitch;
+  int64_t group_block, group_blocks, row_chunk, chunks, images, image_blocks;
+  int64_t phases, taps;
+  const ShiftPhase* phase;   // [phases], those that taps reach
+  const ShiftTap* tap;       // [taps], those that reach the map from somewhere
+  const ShiftTap* source;    // [inputs * taps]
+  // By phase of the input, row by row and all of them: from a pixel to the outputs that it is for.
+  const ShiftTap* gradient_tap;
+  const int64_t* first_of_phase;  // [row_stride * column_stride + 1]
+};
+
+struct Shift {
+  ShiftGeometry g;
+  Tensor pieces, out;  // (batch, groups, inputs or outputs, rows, columns)
+  Tensor grad_out, grad_pieces;
+  const float* weight;  // [groups][outputs][inputs][kernel]
+  float* grad_weight;   // the same for each block of images and chunk of rows, to be summed
+  bool accumulate;
 };
 
 // The entry points of one instruction set. Sizes of scratch are in floats.
@@ -68,6 +112,10 @@ struct Kernels {
   void (*aggregation_forward)(const Aggregation&, int64_t task, float* scratch);
   int64_t (*aggregation_backward_scratch)(const Geometry&);
   void (*aggregation_backward)(const Aggregation&, int64_t task, float* scratch);
+  int64_t (*shift_forward_scratch)(const ShiftGeometry&);
+  void (*shift_forward)(const Shift&, int64_t task, float* scratch);
+  int64_t (*shift_backward_scratch)(const ShiftGeometry&);
+  void (*shift_backward)(const Shift&, int64_t task, float* scratch);
 };
 
 extern const Kernels kernels_plain;

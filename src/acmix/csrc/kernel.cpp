@@ -1,13 +1,12 @@
-// Windowed attention and weighted aggregation for one instruction set; compiled once for each, with
-// ACMIX_ISA as its name. Includes no standard C++ header: a shared inline function compiled here
-// with wider instructions could be the one that the linker keeps.
+// Windowed attention, weighted aggregation and, in shift.h, the shift convolution for one
+// instruction set; compiled once for each, with ACMIX_ISA as its name. Includes no standard C++
+// header: a shared inline function compiled here with wider instructions could be the one that the
+// linker keeps.
 
 #include "rows.h"
+#include "scratch.h"
+#include "shift.h"
 #include "window.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace {
 
@@ -18,40 +17,6 @@ using acmix::kBand;
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Hands out scratch; with a null start it only counts. Under the address sanitizer a gap that must
-// not be touched follows each piece.
-class Scratch {
- public:
-  explicit Scratch(float* start) : start_(start) {}
-  float* floats(int64_t count) {
-    float* here = start_ ? start_ + used_ : nullptr;
-    used_ += (count + 15) / 16 * 16;
-#if defined(__SANITIZE_ADDRESS__)
-    used_ += 16;
-    if (here) {
-      __asan_unpoison_memory_region(here, static_cast<size_t>(start_ + used_ - here) * 4);
-      __asan_poison_memory_region(here + count,
-                                  static_cast<size_t>(start_ + used_ - here - count) * 4);
-    }
-#endif
-    return here;
-  }
-  template <class T>
-  T* array(int64_t count) {
-    return reinterpret_cast<T*>(floats(count * static_cast<int64_t>(sizeof(T) / sizeof(float))));
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* start_;
-  int64_t used_ = 0;
-};
-
-void clear(float* p, int64_t count) { std::memset(p, 0, static_cast<size_t>(count) * sizeof *p); }
 
 // What a task works on: some heads of one image, and rows [begin, end) of queries or keys.
 struct Task {
@@ -351,7 +316,7 @@ struct Attend {
     for (int64_t r = 0; r < band.rows; r++) {
       Float<N> largest, sum;
       exponentiate<N>(local.weight[r], g.taps, largest, sum);
-      inverse[r] = splat<N>(1.0f) / sum;
+      inverse[r] = splat<N>(job.alpha) / sum;
       if (job.lse) store<N>(s.lse + r * g.query_pitch + column, largest + log2<N>(sum));
     }
     multiply<N, false>(g, local, outs, g.query_pitch, s.values.ring, head, column, 0);
@@ -517,7 +482,7 @@ void stage_queries(const Geometry& g, const Tensor& tensor, const Task& task, in
 struct BackwardScratch {
   KeyRows keys, values;
   Ring queries, grad_outs, probabilities, grad_logits, grad_queries;
-  float* lse;
+  float *lse, *delta;
   Share* shares;
   int64_t* weight_offset;
   KeyGradient gradient;
@@ -531,6 +496,7 @@ struct BackwardScratch {
         grad_logits(make_ring(s, g.query_ring, g.head_group, g.taps, g.query_pitch)),
         grad_queries(make_ring(s, kBand, g.head_group, g.channels, g.query_pitch)),
         lse(s.floats(kBand * g.query_pitch)),
+        delta(s.floats(kBand * g.query_pitch)),
         shares(s.array<Share>(kBand * g.window)),
         weight_offset(s.array<int64_t>(g.window)),
         gradient(s, g) {}
@@ -544,11 +510,12 @@ struct BackwardScratch {
   }
 };
 
-// In place: logits become probabilities P, their gradients dP become P (dP - sum of P dP). The sum
-// of P is taken again: a rounded log-sum-exp alone would leave it an ulp of a large number from 1.
+// In place: logits become probabilities P, their gradients dP become P (dP - sum of P dP); that sum
+// is returned. The sum of P is taken again: a rounded log-sum-exp alone would leave it an ulp of a
+// large number from 1.
 template <int N>
-void softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pitch,
-                      Float<N> lse) {
+Float<N> softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pitch,
+                          Float<N> lse) {
   Sum<N> sum, product;
   for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
     const Float<N> p = exp2<N>(load<N>(logits + t * pitch) - lse);
@@ -563,6 +530,7 @@ void softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pit
     store<N>(logits + t * pitch, p);
     store<N>(gradients + t * pitch, p * (load<N>(gradients + t * pitch) - delta));
   }
+  return delta;
 }
 
 void clear_tail(float* rows, int64_t taps, int64_t pitch, int64_t count) {
@@ -592,8 +560,9 @@ struct AttendBackward {
     for (int64_t r = 0; r < band.rows; r++) {
       float* p = band.weight[r] + column;
       float* d = gradients.weight[r] + column;
-      softmax_backward<N>(p, d, g.taps, g.query_pitch,
-                          load<N>(s.lse + r * g.query_pitch + column));
+      const int64_t place = r * g.query_pitch + column;
+      store<N>(s.delta + place,
+               softmax_backward<N>(p, d, g.taps, g.query_pitch, load<N>(s.lse + place)));
       clear_tail(p + N - tail, g.taps, g.query_pitch, tail);
       clear_tail(d + N - tail, g.taps, g.query_pitch, tail);
     }
@@ -607,6 +576,21 @@ void read_lse(const Attention& job, const Task& task, int64_t head, int64_t row,
   const int64_t plane = (task.batch * g.heads + task.head + head) * g.out_height + row;
   std::memcpy(lse, job.lse + plane * g.out_width,
               static_cast<size_t>(g.out_width) * sizeof(float));
+}
+
+// The sum of a query's P dP is the product of its gradient and its output.
+void alpha_gradient(const Attention& job, const Task& task, int64_t head, int64_t row,
+                    const float* delta) {
+  const Geometry& g = job.g;
+  float sum = 0.0f;
+  for (int64_t x = 0; x < g.out_width; x++) sum += delta[x];
+  job.grad_alpha_by_row[(task.batch * g.heads + task.head + head) * g.out_height + row] = sum;
+}
+
+// Whether the results of a query row are this task's, not a neighbouring one's.
+bool owns(const Geometry& g, const Task& task, int64_t query) {
+  const int64_t y = query * g.row_stride;
+  return y >= task.begin && y < task.end;
 }
 
 // Probabilities and gradients of the logits of a band of queries, and the queries' gradients.
@@ -631,11 +615,14 @@ void query_band(const Attention& job, const Task& task, BackwardScratch& s, int6
       read_lse(job, task, n, begin + r, s.lse + r * g.query_pitch);
     }
     for_columns(g.out_width, AttendBackward{job, s, band, begin, n});
+    for (int64_t r = 0; job.grad_alpha_by_row && r < rows; r++) {
+      if (!owns(g, task, begin + r)) continue;
+      alpha_gradient(job, task, n, begin + r, s.delta + r * g.query_pitch);
+    }
   }
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t y = (begin + r) * g.row_stride;
-    if (y < task.begin || y >= task.end) continue;  // a neighbouring task's row
-    scale_rows(g, task.heads, job.scale, g.out_width, s.grad_queries.rows(r, 0));
+    if (!owns(g, task, begin + r)) continue;
+    scale_rows(g, task.heads, job.alpha * job.scale, g.out_width, s.grad_queries.rows(r, 0));
     store_rows(job.grad_query, task.batch, task.head, task.heads, begin + r,
                s.grad_queries.rows(r, 0));
   }
@@ -667,14 +654,14 @@ void key_band(const Attention& job, const Task& task, const BackwardScratch& s, 
                     s.gradient.shares);
   gather_keys(g, task, s.gradient, count, s.grad_logits, s.queries);
   for (int64_t r = 0; r < rows; r++) {
-    const Rows image = fold_columns(g, s.gradient, task.heads, r, kLn2);
+    const Rows image = fold_columns(g, s.gradient, task.heads, r, job.alpha * kLn2);
     if (job.grad_position_by_row) position_gradient(job, task, begin + r, image);
     store_rows(job.grad_key, task.batch, task.head, task.heads, begin + r, image);
   }
   gather_keys(g, task, s.gradient, count, s.probabilities, s.grad_outs);
   for (int64_t r = 0; r < rows; r++) {
     store_rows(job.grad_value, task.batch, task.head, task.heads, begin + r,
-               fold_columns(g, s.gradient, task.heads, r, 1.0f));
+               fold_columns(g, s.gradient, task.heads, r, job.alpha));
   }
 }
 
@@ -810,8 +797,7 @@ void weight_band(const Aggregation& job, const Task& task, AggregationBackwardSc
     for_columns(g.out_width, WeightGradient{g, s, band, begin, n});
   }
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t y = (begin + r) * g.row_stride;
-    if (y < task.begin || y >= task.end) continue;  // a neighbouring task's row
+    if (!owns(g, task, begin + r)) continue;
     store_rows(job.grad_weight, task.batch, task.head, task.heads, begin + r,
                s.grad_weights.rows(r, 0));
   }
@@ -847,8 +833,8 @@ void aggregation_backward(const Aggregation& job, int64_t index, float* memory) 
   }
 }
 
-template <class S>
-int64_t scratch_size(const Geometry& g) {
+template <class S, class G = Geometry>
+int64_t scratch_size(const G& g) {
   Scratch scratch(nullptr);
   S layout(scratch, g);
   return scratch.used();
@@ -864,4 +850,6 @@ const acmix::Kernels acmix::ACMIX_TABLE(ACMIX_ISA) = {
     scratch_size<BackwardScratch>,    attention_backward,
     scratch_size<AggregationScratch>, aggregation_forward,
     scratch_size<AggregationBackwardScratch>, aggregation_backward,
+    scratch_size<ShiftForwardScratch, ShiftGeometry>, shift_forward,
+    scratch_size<ShiftBackwardScratch, ShiftGeometry>, shift_backward,
 };

@@ -40,14 +40,26 @@ void load_run(const T* from, float* to, int64_t count, int64_t ahead) {
   for (int64_t i = 0; i < count; i += line) prefetch(from + ahead + i);
   int64_t i = 0;
   for (; i + kRun <= count; i += kRun) store<kRun>(to + i, load_as_float<kRun>(from + i));
-  for (; i < count; i++) to[i] = to_float(from[i]);
+  if (count < 4) {
+    for (; i < count; i++) to[i] = to_float(from[i]);
+  }
+  for (; i < count; i += 4) {
+    i = i + 4 > count ? count - 4 : i;  // the last ones overlap those before
+    store<4>(to + i, load_as_float<4>(from + i));
+  }
 }
 
 template <class T>
 void store_run(const float* from, T* to, int64_t count) {
   int64_t i = 0;
   for (; i + kRun <= count; i += kRun) store_from_float<kRun>(to + i, load<kRun>(from + i));
-  for (; i < count; i++) assign(to[i], from[i]);
+  if (count < 4) {
+    for (; i < count; i++) assign(to[i], from[i]);
+  }
+  for (; i < count; i += 4) {
+    i = i + 4 > count ? count - 4 : i;
+    store_from_float<4>(to + i, load<4>(from + i));
+  }
 }
 
 // `planes` values side by side at each of `count` pixels, into one row a plane, in 4 x 4 blocks.
@@ -114,6 +126,8 @@ void load_typed(const Tensor& t, int64_t batch, int64_t head, int64_t heads, int
         float* row = to.data + n * to.head_pitch + c * to.channel_pitch;
         if (t.stride[4] == 1) {
           load_run(run, row, width, ahead);
+        } else if (t.stride[4] == 2) {  // a step that the compiler knows can be done by vectors
+          for (int64_t x = 0; x < width; x++) row[x] = to_float(run[2 * x]);
         } else {
           for (int64_t x = 0; x < width; x++) row[x] = to_float(run[x * t.stride[4]]);
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from acmix.layers.mix import MIXES, ConvexMix, LearnedMix, make_mix
 from acmix.layers.shift import SHIFT_INITS, SHIFTS, LearnedShift, make_shift
-from acmix.ops import _checks
+from acmix.ops import _checks, stage2
 from acmix.ops._dispatch import BACKENDS
 from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
@@ -139,6 +139,8 @@ class ACmix2d(nn.Module):
             attention = self._attention(*self._project_for_attention(x))
         else:
             pieces = self._project(x)
+            if alpha is not None and kernels is not None and self._fuses(pieces, fc_weight):
+                return self._stage2(pieces, fc_weight, kernels, alpha)
             convolution = self._convolution(pieces, fc_weight, kernels)
             if alpha is None:
                 return convolution
@@ -193,6 +195,27 @@ class ACmix2d(nn.Module):
         form = unfolded if self.backend == "reference" else folded
         return form.forward(pieces, fc_weight, kernels, None, self.stride, self.dilation)
 
+    def _fuses(self, *tensors: Tensor) -> bool:
+        """Whether one kernel does all of Stage II for tensors like these."""
+        return self.backend in ("auto", "native") and stage2.native.why_not(*tensors) is None
+
+    def _stage2(
+        self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor, alpha: Tensor | float
+    ) -> Tensor:
+        """Stage II, both paths and their mix: (B, C, Ho, Wo)."""
+        with folded.without_autocast(pieces):
+            weight = folded.fold_fc(fc_weight, kernels)
+        return stage2.stage2(
+            pieces,
+            self.position_weight,
+            weight,
+            alpha,
+            window=self.kernel_att,
+            stride=self.stride,
+            dilation=self.dilation,
+            backend="native",
+        )
+
     def _dense_convolution(self, x: Tensor, fc_weight: Tensor, kernels: Tensor) -> Tensor:
         """Stage I and the convolution path as one dense convolution of x."""
         weight = self.qkv_weight.unflatten(0, (self.head_dim, 3 * self.heads)).transpose(0, 1)
@@ -212,7 +235,8 @@ class ACmix2d(nn.Module):
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A 1x1 convolution: on a CPU a linear over NHWC saves 5 % where x is laid out so; elsewhere it
     does always, since cuDNN's 1x1 convolution with bias takes four times as long."""
-    if x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last):
+    channels_last = x.stride(1) < x.stride(3)
+    if x.device.type == "cpu" and not channels_last:
         return F.conv2d(x, weight[:, :, None, None], bias)
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 

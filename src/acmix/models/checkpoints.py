@@ -21,7 +21,7 @@ from acmix.layers.window import WindowACmix
 Shapes = dict[str, tuple[int, ...]]
 
 WRAPPERS = ("model", "state_dict")
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = r"^((module|_orig_mod)\.)+"
 # Constants that Swin's release stores and our modules compute.
 IGNORED = (".attn_mask", ".relative_position_index")
 
@@ -40,6 +40,7 @@ def from_released(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         cancels in the softmax. BatchNorm's counters are added as zeros where they are missing.
 
     Raises:
+        TypeError: for what is no dict from names to tensors.
         ValueError: for keys that are unknown, missing or of the wrong shape; it lists them all.
     """
     released = unwrap(state_dict)
@@ -155,15 +156,26 @@ def released_shapes(network: nn.Module) -> Shapes:
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of a checkpoint, without the prefixes of wrapping modules."""
+    """The state dict of a checkpoint, without the prefixes of wrapping modules.
+
+    Raises:
+        TypeError: for what maps no names to tensors.
+        ValueError: for keys that are the same without their prefixes.
+    """
     for wrapper in WRAPPERS:
-        if isinstance(state_dict.get(wrapper), Mapping):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
-    unwrapped = {}
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(
+            "state_dict: expected a dict from names to tensors, as torch.load or "
+            f"safetensors.torch.load_file return, got {type(state_dict).__name__}"
+        )
+    unwrapped: dict[str, Any] = {}
     for key, value in state_dict.items():
-        for prefix in PREFIXES:
-            key = key.removeprefix(prefix)
-        unwrapped[key] = value
+        name = re.sub(PREFIXES, "", key)
+        if name in unwrapped:
+            raise ValueError(f"state_dict: expected {name!r} once, got it with a prefix as well")
+        unwrapped[name] = value
     return unwrapped
 
 

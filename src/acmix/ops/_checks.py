@@ -56,6 +56,8 @@ def check_map(name: str, tensor: Tensor, channels: int | None = None) -> None:
         )
     if tensor.shape[2] < 1 or tensor.shape[3] < 1:
         raise ValueError(f"{name}: expected a map of 1x1 or more, got {tuple(tensor.shape)}")
+    if channels is None and tensor.shape[1] < 1:
+        raise ValueError(f"{name}: expected a channel or more, got {tuple(tensor.shape)}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
@@ -64,14 +66,18 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name} ({other.device}), got {tensor.device}"
+        )
+
+
 def check_same_kind(**tensors: Tensor) -> None:
     """All tensors on one device and of one dtype: that of the first."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name}: expected the device of {first_name} ({first.device}), got {tensor.device}"
-            )
+        check_device(name, tensor, first_name, first)
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{name}: expected the dtype of {first_name} ({first.dtype}), got {tensor.dtype}"

@@ -1,9 +1,9 @@
 """Which implementation of an operator runs, and for each that cannot, why.
 
 An implementation is a module with `forward`; one that is not for every tensor also has
-`why_not(tensor)`, which returns a one-line reason or None. `"auto"` takes the first of AUTO that
-has no reason against it. A backend named by the caller runs or raises: nothing falls back
-silently.
+`why_not(*tensors)`, which returns a one-line reason or None. `"auto"` takes the first of AUTO that
+has no reason against it; the reference comes last, for the transforms of torch.func. A backend
+named by the caller runs or raises: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from acmix.ops import _native
 from acmix.ops._checks import check_choice
 
-AUTO = ("triton", "native", "tiled")
+AUTO = ("triton", "native", "tiled", "reference")
 BACKENDS = ("auto", "reference", "tiled", "native", "triton")
 
 
@@ -34,8 +34,8 @@ def backends() -> dict[str, str | None]:
     }
 
 
-def choose(backend: str, implementations: dict[str, ModuleType], tensor: Tensor) -> ModuleType:
-    """The implementation that `backend` names for a tensor like this one.
+def choose(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> ModuleType:
+    """The implementation that `backend` names for tensors like these.
 
     Raises ValueError for an unknown backend, and for a forced one that cannot run here.
     """
@@ -43,20 +43,20 @@ def choose(backend: str, implementations: dict[str, ModuleType], tensor: Tensor)
         return next(
             implementations[name]
             for name in AUTO
-            if _why_not(name, implementations, tensor) is None
+            if _why_not(name, implementations, *tensors) is None
         )
     check_choice("backend", backend, BACKENDS)
-    reason = _why_not(backend, implementations, tensor)
+    reason = _why_not(backend, implementations, *tensors)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
     return implementations[backend]
 
 
-def _why_not(name: str, implementations: dict[str, ModuleType], tensor: Tensor) -> str | None:
+def _why_not(name: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str | None:
     if name not in implementations:
         return _triton_reason()
     why_not = getattr(implementations[name], "why_not", None)
-    return why_not(tensor) if why_not else None
+    return why_not(*tensors) if why_not else None
 
 
 @torch.compiler.assume_constant_result

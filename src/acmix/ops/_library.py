@@ -51,3 +51,39 @@ def empty_output(like: Tensor, size: tuple[int, ...]) -> Tensor:
         out = like.new_empty((batch, height, width, heads, head_dim))
         return out.permute(0, 3, 4, 1, 2)
     return like.new_empty(size)
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Make a backward operator raise where its result is differentiated; by default PyTorch goes
+    on with wrong numbers."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"acmix::{name} has no derivative: use backend='reference' for second derivatives"
+        )
+
+    torch.library.register_autograd(f"acmix::{name}", refuse)
+
+
+def why_not_transformed(*tensors: Tensor) -> str | None:
+    """The reason why an operator of ours cannot run on tensors inside a torch.func transform."""
+    if torch.compiler.is_compiling():
+        return None
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return "it has no rule for the transforms of torch.func (grad, jvp, vmap)"
+    return None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on for the device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast where that is on; float64 stays as it is."""
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-INTERFACE = 1  # acmix_interface() of the library that these declarations describe
+from acmix.ops._library import why_not_transformed
+
+INTERFACE = 2  # acmix_interface() of the library that these declarations describe
 FOLDER = Path(__file__).parents[1]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {
@@ -50,6 +52,24 @@ class _Problem(ctypes.Structure):
     )
 
 
+class _ShiftProblem(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "batch",
+            "groups",
+            "inputs",
+            "outputs",
+            "height",
+            "width",
+            "window",
+            "stride",
+            "dilation",
+            "accumulate",
+        )
+    )
+
+
 @torch.compiler.assume_constant_result
 def reason() -> str | None:
     """Why the kernel cannot run here, in one line; None where it can."""
@@ -61,8 +81,10 @@ def simd() -> str:
     return _library().acmix_simd().decode()
 
 
-def why_not(tensor: Tensor) -> str | None:
-    """Why the kernel cannot take a tensor like this one; None where it can."""
+def why_not(tensor: Tensor, *others: Tensor) -> str | None:
+    """Why the kernel cannot take tensors like these; None where it can."""
+    if transformed := why_not_transformed(tensor, *others):
+        return transformed
     if tensor.device.type not in ("cpu", "meta"):
         return f"the CPU kernel takes tensors on the CPU, not on {tensor.device.type}"
     if tensor.dtype not in DTYPES:
@@ -80,8 +102,11 @@ def attention_forward(
     dilation: int,
     out: Tensor,
     lse: Tensor,
+    alpha: Tensor | None = None,
 ) -> None:
-    """Fills `out` (B, N, d, Ho, Wo) and the contiguous `lse` (B, N, Ho, Wo)."""
+    """Fills `out` (B, N, d, Ho, Wo), the attention times alpha, and the contiguous `lse`
+    (B, N, Ho, Wo).
+    """
     _call(
         "acmix_attention_forward",
         _problem(k, window, stride, dilation),
@@ -89,6 +114,7 @@ def attention_forward(
         k,
         v,
         _Floats(position),
+        _Floats(alpha),
         out,
         _Floats(lse),
     )
@@ -108,8 +134,12 @@ def attention_backward(
     grad_k: Tensor,
     grad_v: Tensor,
     grad_position: Tensor | None,
+    alpha: Tensor | None = None,
+    grad_alpha: Tensor | None = None,
 ) -> None:
-    """Fills the gradients of q, k, v and, where given, of the contiguous float32 position."""
+    """Fills the gradients of q, k, v and, where given, of the contiguous float32 position and of
+    the output's factor alpha.
+    """
     _call(
         "acmix_attention_backward",
         _problem(k, window, stride, dilation),
@@ -118,11 +148,13 @@ def attention_backward(
         k,
         v,
         _Floats(position),
+        _Floats(alpha),
         _Floats(lse),
         grad_q,
         grad_k,
         grad_v,
         _Floats(grad_position),
+        _Floats(grad_alpha),
     )
 
 
@@ -154,6 +186,41 @@ def aggregation_backward(
     )
 
 
+def shift_forward(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, out: Tensor, accumulate: bool
+) -> None:
+    """pieces (B, J, d, H, W), weight (d * M, J, k, k); fills `out` (B, d * M, Ho, Wo), or adds."""
+    _call(
+        "acmix_shift_forward",
+        _shift_problem(pieces, weight, stride, dilation, accumulate),
+        pieces.transpose(1, 2),
+        _Floats(weight),
+        _by_group(out, pieces),
+    )
+
+
+def shift_backward(
+    grad_out: Tensor,
+    pieces: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    grad_pieces: Tensor,
+    grad_weight: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Fills the gradients of the pieces, or adds to them, and of the weight where given."""
+    _call(
+        "acmix_shift_backward",
+        _shift_problem(pieces, weight, stride, dilation, accumulate),
+        _by_group(grad_out, pieces),
+        pieces.transpose(1, 2),
+        _Floats(weight),
+        grad_pieces.transpose(1, 2),
+        _Floats(grad_weight),
+    )
+
+
 class _Floats:
     """A contiguous float32 tensor passed as a bare pointer, or none."""
 
@@ -165,6 +232,24 @@ class _Floats:
 
 def _problem(k: Tensor, window: int, stride: int, dilation: int) -> _Problem:
     return _Problem(*k.shape, window, stride, dilation)
+
+
+def _shift_problem(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, accumulate: bool
+) -> _ShiftProblem:
+    batch, inputs, groups, *size = pieces.shape
+    channels, weight_inputs, kernel, columns = weight.shape
+    if channels % groups or weight_inputs != inputs or kernel != columns:
+        raise AssertionError("a weight of other sizes than the pieces")
+    outputs = channels // groups
+    return _ShiftProblem(
+        batch, groups, inputs, outputs, *size, kernel, stride, dilation, accumulate
+    )
+
+
+def _by_group(x: Tensor, pieces: Tensor) -> Tensor:
+    """(B, d * M, Ho, Wo) with the M channels of a group apart, (B, d, M, Ho, Wo)."""
+    return x.unflatten(1, (pieces.shape[2], -1))
 
 
 def _describe(tensor: Tensor) -> _Tensor:
@@ -179,7 +264,7 @@ def _describe(tensor: Tensor) -> _Tensor:
     )
 
 
-def _call(name: str, problem: _Problem, *tensors: Tensor | _Floats) -> None:
+def _call(name: str, problem: _Problem | _ShiftProblem, *tensors: Tensor | _Floats) -> None:
     arguments = [
         t.pointer if isinstance(t, _Floats) else ctypes.byref(_describe(t)) for t in tensors
     ]

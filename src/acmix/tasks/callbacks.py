@@ -50,6 +50,7 @@ class History(Callback):
         self.run = run
         self.epochs: list[Row] = []
         self.mix: list[Row] = []
+        self.trained = False  # whether an epoch ended in this process
         self._images = 0
         self._start = self._last = 0.0
 
@@ -78,6 +79,7 @@ class History(Callback):
         self._last = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = True
         epoch = trainer.current_epoch + 1
         measured = {
             **{name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
@@ -131,7 +133,8 @@ class HeldOut(Callback):
         self._room = {True: self.keep, False: self.keep}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset()
+        if not trainer.sanity_checking:
+            self._reset()
 
     def on_validation_batch_end(
         self,
@@ -142,6 +145,8 @@ class HeldOut(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if trainer.sanity_checking:
+            return
         images, classes = batch
         confidence, predicted = (part.tolist() for part in outputs.max(dim=1))
         for image, truth, guess in zip(images, classes.tolist(), predicted, strict=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
+import torch
 from lightning.pytorch import LightningModule
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -109,25 +111,27 @@ class Classification(LightningModule):
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams
-        optimizer = create_optimizer_v2(
-            self.net,
-            opt=hp["opt"],
-            lr=hp["lr"],
-            weight_decay=hp["weight_decay"],
-            momentum=hp["momentum"],
-            **hp["opt_kwargs"] or {},
-        )
+        with naming("opt_kwargs"):
+            optimizer = create_optimizer_v2(
+                self.net,
+                opt=hp["opt"],
+                lr=hp["lr"],
+                weight_decay=hp["weight_decay"],
+                momentum=hp["momentum"],
+                **hp["opt_kwargs"] or {},
+            )
         steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs or 1
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=hp["sched"],
-            num_epochs=max(1, epochs),
-            warmup_epochs=hp["warmup_epochs"],
-            min_lr=hp["min_lr"],
-            step_on_epochs=False,
-            updates_per_epoch=max(1, steps // max(1, epochs)),
-            **hp["sched_kwargs"] or {},
-        )
+        with naming("sched_kwargs"):
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=hp["sched"],
+                num_epochs=max(1, epochs),
+                warmup_epochs=hp["warmup_epochs"],
+                min_lr=hp["min_lr"],
+                step_on_epochs=False,
+                updates_per_epoch=max(1, steps // max(1, epochs)),
+                **hp["sched_kwargs"] or {},
+            )
         if scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -136,12 +140,17 @@ class Classification(LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("hyper_parameters", {}).get("class_names", self.class_names)
+        hp = checkpoint.get("hyper_parameters", {})
+        saved = hp.get("class_names", self.class_names)
         if list(saved) != self.class_names:
             raise ValueError(
                 f"the checkpoint knows {len(saved)} classes ({_few(saved)}), "
                 f"the data has {len(self.class_names)} ({_few(self.class_names)})"
             )
+        if _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
+            was, name = hp.get("name", "another network"), self.hparams["name"]
+            other = f"of {was}, the model is {name}" if was != name else f"of another {name}"
+            raise ValueError(f"the checkpoint is {other}: the weights differ in name or shape")
 
 
 def create_net(
@@ -157,6 +166,19 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Arguments that nothing takes are a mistake in the option that passes them on: name it."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"model.{option}: {error}") from error
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _few(names: list[str], limit: int = 3) -> str:

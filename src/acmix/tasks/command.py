@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import warnings
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 from torch import Tensor
 
 from acmix import data as data_kinds
@@ -29,7 +28,8 @@ from acmix.data import ImageData
 from acmix.tasks import report
 from acmix.tasks.callbacks import HeldOut, History, WholeFileCheckpointIO, write_csv
 from acmix.tasks.classification import Classification
-from acmix.tasks.errors import UserError, explain_parser, user_errors
+from acmix.tasks.console import console
+from acmix.tasks.errors import UserError, explain_parser, one_line, user_errors
 from acmix.tasks.progress import TrainingBar
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
@@ -68,13 +68,31 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's, with the examples left as they are written."""
 
 
-class SaveConfig(SaveConfigCallback):
-    """The whole configuration as `config.yaml` in the run folder, whatever the logger."""
+def named_folder(path: str) -> str:
+    """The path; one that ends in no name, such as ".", as the folder that it now stands for."""
+    return path if Path(path).name not in ("", "..") else str(Path(path).resolve())
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            path = Path(self.config["run"]) / "config.yaml"
-            self.parser.save(self.config, path, overwrite=True)
+
+class RunFolder(Callback):
+    """Touches the run folder only once network, optimizer and checkpoint are known to be good.
+
+    What makes a folder a run is `config.yaml` beside `checkpoints`, as `is_run` asks.
+    """
+
+    def __init__(self, cli: TrainingCLI) -> None:
+        self.cli = cli
+        self.goes_on = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the loggers write, which may do so in this folder.
+        if trainer.is_global_zero and not self.goes_on and not trainer.fit_loop.skip:
+            move_earlier_run(self.cli.run_folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder = self.cli.run_folder
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.cli.parser.save(self.cli.config, folder / "config.yaml", overwrite=True)
 
 
 class TrainingCLI(LightningCLI):
@@ -93,8 +111,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"max_epochs": 100, "enable_model_summary": False, "logger": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_callback=None,
             parser_kwargs={
                 "prog": f"acmix {command}",
                 "usage": f"acmix {command}{positional} [--config FILE] [options]",
@@ -132,6 +149,8 @@ class TrainingCLI(LightningCLI):
             message = explain_parser(str(error), options, KINDS)
             hint = f" ({HINTS[self.command]})" if "are required" in message else ""
             raise UserError(message + hint) from error
+        folder = named_folder(self.config["run"])
+        self.config["run"] = self.config["trainer"]["default_root_dir"] = folder
 
     def before_instantiate_classes(self) -> None:
         if threads := self.config["threads"]:
@@ -148,8 +167,9 @@ class TrainingCLI(LightningCLI):
         )
 
     def _fit_callbacks(self, chosen: Any) -> list[Callback]:
-        self.history, self.held_out = History(self.run_folder), HeldOut()
-        callbacks: list[Callback] = [self.history, self.held_out]
+        self.folder, self.history = RunFolder(self), History(self.run_folder)
+        self.held_out = HeldOut()
+        callbacks: list[Callback] = [self.folder, self.history, self.held_out]
         if chosen.enable_progress_bar is not False:
             callbacks.append(TrainingBar(self.history))
         if chosen.enable_checkpointing is not False:
@@ -180,6 +200,7 @@ def run(command: str, args: list[str], debug: bool = False) -> None:
             _quieten()
         if command != "fit":
             args = expand_run(args)
+        args = run_of_config(args)
         with user_errors(*SETUP_ERRORS):
             cli = TrainingCLI(command, args)
         with user_errors(*RUN_ERRORS):
@@ -209,43 +230,105 @@ def expand_run(args: list[str]) -> list[str]:
     ]
 
 
+def run_of_config(args: list[str]) -> list[str]:
+    """The `config.yaml` of a run -> `--run` with the folder where it lies, unless one is given.
+
+    The folder that the file names may be another one: runs are moved, copied, and named from
+    elsewhere.
+    """
+    options = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-c", "--config", action="append", default=[])
+    options.add_argument("--run")
+    try:
+        given, _ = options.parse_known_args(args)
+    except ArgumentError:
+        return args  # a value is missing, which the whole parser says better
+    folders = [Path(file).parent for file in given.config if Path(file).name == "config.yaml"]
+    if given.run is not None or not folders or not is_run(folders[-1]):
+        return args
+    return [*args, "--run", str(folders[-1])]
+
+
 def fit(cli: TrainingCLI) -> None:
     folder, checkpoint = cli.run_folder, _checkpoint_to_go_on_from(cli)
-    if cli.trainer.is_global_zero:
-        if checkpoint is None or folder.resolve() not in checkpoint.resolve().parents:
-            move_earlier_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, cli.model)
+        cli.folder.goes_on = folder.resolve() in checkpoint.resolve().parents
+    if cli.trainer.is_global_zero and not cli.folder.goes_on:
+        check_folder(folder)
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     except SystemExit as stop:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt(_what_is_saved(cli)) from stop
         raise
-    if cli.trainer.is_global_zero:
-        config = json.loads(cli.parser.dump(cli.config, format="json"))
-        summary = report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
-        report.show(folder, summary, Console())
+    if not cli.trainer.is_global_zero:
+        return
+    if not cli.history.trained:
+        print(_why_nothing_was_trained(cli))
+        return
+    config = json.loads(cli.parser.dump(cli.config, format="json"))
+    summary = report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
+    report.show(folder, summary, console())
 
 
 def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:
     """`--ckpt_path`; "last" before there is a checkpoint starts anew, as a requeued job needs."""
     chosen, last = cli.config["ckpt_path"], cli.run_folder / "checkpoints" / "last.ckpt"
     if chosen == "last":
-        return last if last.is_file() else None
+        if last.is_file():
+            return last
+        if cli.trainer.is_global_zero:
+            print(f"no checkpoint at {last} yet: starting anew", file=sys.stderr)
+        return None
     if chosen is not None and not Path(chosen).is_file():
         raise FileNotFoundError(f"ckpt_path: no checkpoint at {chosen}")
     return chosen and Path(chosen)
 
 
+def check_checkpoint(path: Path, model: Classification) -> None:
+    """Before any work: a file that cannot be read or holds another network raises `UserError`."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model.on_load_checkpoint(checkpoint)
+        was, opt = checkpoint["hyper_parameters"]["opt"], model.hparams["opt"]
+        if was != opt:
+            raise ValueError(f"the checkpoint was trained with model.opt {was}, not {opt}")
+    except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `acmix fit` made the folder: `checkpoints` beside a `config.yaml` with its keys."""
+    config = folder / "config.yaml"
+    if not (config.is_file() and (folder / "checkpoints").is_dir()):
+        return False
+    keys = {line.split(":")[0] for line in config.read_text(errors="replace").splitlines()}
+    return keys >= {"data", "model", "run", "trainer"}
+
+
+def check_folder(folder: Path) -> None:
+    """A folder with anything but an earlier run in it raises `UserError`."""
+    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+        raise UserError(f"run: {folder} is not empty and no run of acmix")
+
+
 def move_earlier_run(folder: Path) -> None:
     """A run already in the folder keeps its files under the first free name FOLDER.1, .2, ..."""
-    if not (folder / "config.yaml").is_file():
+    if not is_run(folder):
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
     print(f"{folder} held an earlier run, which is now {aside}", file=sys.stderr)
+
+
+def _why_nothing_was_trained(cli: TrainingCLI) -> str:
+    done, wanted = len(cli.history.epochs), cli.trainer.max_epochs
+    if done:
+        return f"{cli.run_folder}: already finished ({done} of {wanted} epochs)"
+    return "nothing was trained: the trainer's limits leave no epoch or no batch"
 
 
 def _what_is_saved(cli: TrainingCLI) -> str:
@@ -256,7 +339,7 @@ def _what_is_saved(cli: TrainingCLI) -> str:
     epoch = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
     return (
         f"{where}; {last} holds the end of epoch {epoch}. Go on with: "
-        f"acmix fit --config {cli.run_folder}/config.yaml --ckpt_path last"
+        f"acmix fit --config {shlex.quote(f'{cli.run_folder}/config.yaml')} --ckpt_path last"
     )
 
 
@@ -292,4 +375,5 @@ def _checkpoint(cli: TrainingCLI) -> str:
     path = cli.config["ckpt_path"] or str(cli.run_folder / "checkpoints" / "last.ckpt")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; name a run: acmix {cli.command} RUN")
+    check_checkpoint(Path(path), cli.model)
     return path

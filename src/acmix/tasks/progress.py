@@ -67,13 +67,18 @@ class TrainingBar(ProgressBar):
         if now - self._updated > SECONDS_BETWEEN_UPDATES:
             self._updated = now
             self._update(trainer, float(outputs["loss"]))
+        if now - self._printed > SECONDS_BETWEEN_LINES:
+            self._print_line()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._update(trainer, float(trainer.callback_metrics["train_loss"]))
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        due = time.monotonic() - self._printed > SECONDS_BETWEEN_LINES
-        if self._enabled and not self._console.is_terminal and (due or last):
-            self._printed = time.monotonic()
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        """Where there is no terminal, a line for the bar."""
+        self._printed = time.monotonic()
+        if self._enabled and not self._console.is_terminal:
             task = self._bar.tasks[0]
             left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
             print(task.description, task.fields["metrics"], left, sep="  ", flush=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import timm
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +19,13 @@ from acmix.data import ImageData
 from acmix.tasks.callbacks import HeldOut, History
 
 SHOWN = 40
+FILES = {
+    "loss and accuracy": ["curves.png"],
+    "alpha, beta by layer": ["mix.png"],
+    "right and wrong": ["predictions.png"],
+    "numbers": ["metrics.csv", "mix.csv", "summary.json"],
+    "checkpoint": ["checkpoints/last.ckpt"],
+}
 
 
 def write(
@@ -30,7 +39,8 @@ def write(
     """Write the pictures and `summary.json` into the run folder; return the summary."""
     figures.save(figures.curves(history.epochs), run / "curves.png")
     figures.save(figures.mix(history.mix), run / "mix.png")
-    figures.save(draw_predictions(data, held_out), run / "predictions.png")
+    if held_out.truth:
+        figures.save(draw_predictions(data, held_out), run / "predictions.png")
     summary = summarise(network, data, history, config)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -81,31 +91,34 @@ def to_picture(data: ImageData, image: Tensor) -> Any:
 
 
 def show(run: Path, summary: dict[str, Any], console: Console) -> None:
-    """The table at the end of a run, and commands to go on with."""
+    """The table at the end of a run, of what there is, and commands to go on with."""
     rows = {
-        "held-out accuracy": f"{summary.get('val_accuracy', float('nan')):.2%}",
         "network": f"{summary['model']}, {summary['parameters']:,} parameters",
         "training": f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",
-        "loss and accuracy": f"{run}/curves.png",
-        "alpha, beta by layer": f"{run}/mix.png",
-        "right and wrong": f"{run}/predictions.png",
-        "numbers": f"{run}/metrics.csv, mix.csv, summary.json",
-        "checkpoint": f"{run}/checkpoints/last.ckpt",
     }
+    if "val_accuracy" in summary:
+        rows = {"held-out accuracy": f"{summary['val_accuracy']:.2%}", **rows}
+    for content, files in FILES.items():
+        if there := [file for file in files if (run / file).is_file()]:
+            rows[content] = f"{run}/{', '.join(there)}"
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
     console.print("\nNext, for example:")
-    for command in next_commands(run, summary["model"]):
+    for command in next_commands(run, summary["config"]["model"]):
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def next_commands(run: Path, model: str) -> list[str]:
-    again = f"acmix fit --config {run}/config.yaml"
-    commands = [f"acmix validate {run}", f"acmix predict {run}"]
-    if model.endswith("_acmix"):
-        baseline = model.removesuffix("_acmix") + "_conv"
-        commands.append(f"{again} --model.name {baseline} --run {run}-conv")
-    return [*commands, f"{again} --seed_everything 1 --run {run}-seed1"]
+def next_commands(run: Path, model: dict[str, Any]) -> list[str]:
+    """Commands to go on with, of those that work; model: its part of the configuration."""
+    folder = shlex.quote(str(run))
+    again = f"acmix fit --config {shlex.quote(f'{run}/config.yaml')}"
+    baseline = model["name"].removesuffix("_acmix") + "_conv"
+    commands = []
+    if (run / "checkpoints" / "last.ckpt").is_file():
+        commands += [f"acmix validate {folder}", f"acmix predict {folder}"]
+    if timm.is_model(baseline) and not model.get("model_kwargs"):
+        commands.append(f"{again} --model.name {baseline} --run {shlex.quote(f'{run}-conv')}")
+    return [*commands, f"{again} --seed_everything 1 --run {shlex.quote(f'{run}-seed1')}"]

@@ -51,6 +51,8 @@ def shift_convolution(
         raise ValueError(
             f"pieces: expected 5 dimensions (B, J, d, H, W), got shape {tuple(pieces.shape)}"
         )
+    if min(pieces.shape[1:]) < 1:
+        raise ValueError(f"pieces: expected no empty side, got shape {tuple(pieces.shape)}")
     _checks.check_dtype("shift_weight", shift_weight)
     if shift_weight.dim() != 4:
         raise ValueError(
@@ -78,8 +80,10 @@ def shift_kernels(
 ) -> Tensor:
     """Kernels that shift piece t by tap t and sum, for each of `channels` outputs.
 
-    (channels, k^2, k, k): one-hot at `[:, u * k + v, u, v]`.
+    (channels, k^2, k, k): one-hot at `[:, u * k + v, u, v]`. Raises ValueError for an even k.
     """
+    _checks.check_positive("channels", channels)
+    _checks.check_window("kernel_size", kernel_size)
     taps = torch.eye(kernel_size * kernel_size, device=device, dtype=dtype)
     taps = taps.view(kernel_size * kernel_size, kernel_size, kernel_size)
     return taps.expand(channels, -1, -1, -1).clone()

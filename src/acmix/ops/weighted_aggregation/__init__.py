@@ -6,6 +6,7 @@ from torch import Tensor
 
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
+from acmix.ops._library import autocast
 from acmix.ops._windows import output_size
 from acmix.ops.weighted_aggregation import native, reference, tiled
 
@@ -47,8 +48,10 @@ def weighted_aggregation(
     _checks.check_window("window", window)
     _checks.check_positive("stride", stride)
     _checks.check_positive("dilation", dilation)
-    _checks.check_map("v", v)
     _checks.check_dtype("weight", weight)
+    _checks.check_dtype("v", v)
+    weight, v = autocast(weight, v)
+    _checks.check_map("v", v)
     if weight.dim() != 5 or weight.shape[1] < 1:
         raise ValueError(
             "weight: expected 5 dimensions (B, Cw, window^2, H, W), "
@@ -60,5 +63,5 @@ def weighted_aggregation(
     _checks.check_shape("weight", weight, (batch, shared, window * window, *out_size))
     _checks.check_divisible("v: channels", channels, "the weights' channels", shared)
     _checks.check_same_kind(v=v, weight=weight)
-    implementation = choose(backend, IMPLEMENTATIONS, v)
+    implementation = choose(backend, IMPLEMENTATIONS, weight, v)
     return implementation.forward(weight, v, window, stride, dilation)

@@ -63,6 +63,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("acmix::weighted_aggregation", _backward, setup_context=_save)
+_library.refuse_second_derivative("weighted_aggregation_backward")
 
 
 @register_flop_formula(torch.ops.acmix.weighted_aggregation)

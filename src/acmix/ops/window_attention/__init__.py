@@ -6,6 +6,7 @@ from torch import Tensor
 
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
+from acmix.ops._library import autocast
 from acmix.ops._windows import output_size
 from acmix.ops.window_attention import native, reference, tiled
 
@@ -57,6 +58,9 @@ def window_attention(
     _checks.check_window("window", window)
     _checks.check_positive("stride", stride)
     _checks.check_positive("dilation", dilation)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _checks.check_dtype(name, tensor)
+    q, k, v = autocast(q, k, v)
     _checks.check_map("k", k)
     _checks.check_divisible("k: channels", k.shape[1], "heads", heads)
     batch, channels, height, width = k.shape
@@ -67,6 +71,7 @@ def window_attention(
     _checks.check_same_kind(k=k, q=q, v=v)
     if position is not None:
         _checks.check_shape("position", position, (channels // heads, 2))
+        _checks.check_device("position", position, "k", k)
     out = attend(
         *(x.unflatten(1, (heads, channels // heads)) for x in (q, k, v)),
         position=position,
@@ -90,5 +95,5 @@ def attend(
     backend: str,
 ) -> Tensor:
     """`window_attention` on checked tensors with heads apart, (B, N, d, H, W) of any strides."""
-    implementation = choose(backend, IMPLEMENTATIONS, k)
+    implementation = choose(backend, IMPLEMENTATIONS, q, k, v)
     return implementation.forward(q, k, v, position, window, stride, dilation)

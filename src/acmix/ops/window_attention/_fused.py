@@ -106,6 +106,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 torch.library.register_autograd("acmix::window_attention", _backward, setup_context=_save)
+_library.refuse_second_derivative("window_attention_backward")
 
 
 @register_flop_formula(torch.ops.acmix.window_attention)

@@ -1,7 +1,7 @@
 """Windowed attention on tiles of queries, in plain PyTorch: runs on every device.
 
-The map of queries is cut into tiles of TILE x TILE. All windows of a tile lie in one block of
-keys (the tile and its halo), so a tile is one small dense attention under a mask that is the
+The map of queries is cut into tiles of up to TILE x TILE. All windows of a tile lie in one block
+of keys (the tile and its halo), so a tile is one small dense attention under a mask that is the
 same for every tile. Keys are copied about three times (8 x 8 queries share 14 x 14 keys for a
 window of 7) instead of window^2 times. Reflected keys stand in the halo as often as the windows
 see them, so the border needs no case of its own.
@@ -15,16 +15,23 @@ tiles would bind a graph to few sizes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from acmix.ops import _library
 from acmix.ops._windows import position_map, reflect, unit_coordinate
 
 TILE = 8
 CHUNK = 2**22  # logits held at once in the backward pass
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    return _library.why_not_transformed(*tensors)
 
 
 def forward(
@@ -51,10 +58,9 @@ def _attention(
     dilation: int,
 ) -> Tensor:
     tiles = _Tiles(q, k, window, stride, dilation)
-    mask = tiles.mask(q.dtype)
     k = _positioned(k, position)
     out = F.scaled_dot_product_attention(
-        tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v), attn_mask=mask
+        tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v), attn_mask=tiles.mask(q.dtype)
     )
     return tiles.queries_from(out)
 
@@ -85,7 +91,7 @@ def _attention_backward(
 def _tile_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v for some tiles, each (tiles, heads, TILE^2 or halo^2, d)."""
+    """Gradients of q, k, v for some tiles, each (tiles, heads, queries or keys of a tile, d)."""
     scale = q.shape[-1] ** -0.5
     q = q * scale
     weights = ((q @ k.mT).to(mask.dtype) + mask).softmax(-1)
@@ -135,79 +141,114 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
+_library.refuse_second_derivative("tiled_window_attention_backward")
+
+
+@register_flop_formula(torch.ops.acmix.tiled_window_attention)
+def _flops(q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any) -> int:
+    """Those of the definition, not of the tiles: two products with the window^2 taps."""
+    return 2 * 2 * window**2 * q.numel()
+
+
+@register_flop_formula(torch.ops.acmix.tiled_window_attention_backward)
+def _flops_backward(
+    grad: torch.Size, q: Any, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any
+) -> int:
+    return 5 * 2 * window**2 * grad.numel()
+
+
+class _Side:
+    """How one side of the map is cut: `tiles` tiles of `queries` queries and `keys` keys.
+
+    The queries of a tile lie `step` apart, so far that their keys lie on one grid of the
+    dilation: a tile holds no key between the taps.
+    """
+
+    def __init__(self, size: int, out_size: int, window: int, stride: int, dilation: int) -> None:
+        common = math.gcd(stride, dilation)
+        self.step, self.shift = dilation // common, stride // common
+        of_a_step = -(-out_size // self.step)
+        self.repeats = -(-of_a_step // TILE)
+        self.queries = -(-of_a_step // self.repeats)
+        self.tiles = self.repeats * self.step
+        self.keys = (self.queries - 1) * self.shift + window
+        self.size, self.out_size = size, out_size
+        self.window, self.stride, self.dilation = window, stride, dilation
+
+    @property
+    def padded(self) -> int:
+        return self.tiles * self.queries
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Row or column of every key of every tile, borders reflected: (tiles, keys)."""
+        first = torch.arange(self.repeats, device=device) * (self.queries * self.step)
+        first = first[:, None] + torch.arange(self.step, device=device)  # (repeats, step)
+        tap = torch.arange(self.keys, device=device) - self.window // 2
+        return reflect(first.flatten()[:, None] * self.stride + tap * self.dilation, self.size)
+
+    def sees(self, device: torch.device) -> Tensor:
+        """Whether a query of a tile has a key in its window: (queries, keys)."""
+        query = torch.arange(self.queries, device=device) * self.shift
+        tap = torch.arange(self.keys, device=device) - query[:, None]
+        return (tap >= 0) & (tap < self.window)
 
 
 class _Tiles:
-    """How maps are cut into tiles: `down` x `across` of them, with a halo for the keys."""
+    """Maps as batches of tiles for attention, and back."""
 
     def __init__(self, q: Tensor, k: Tensor, window: int, stride: int, dilation: int) -> None:
-        self.batch, self.heads, self.head_dim, self.out_height, self.out_width = q.shape
-        self.height, self.width = k.shape[-2:]
-        self.window, self.stride, self.dilation = window, stride, dilation
-        self.down, self.across = -(-self.out_height // TILE), -(-self.out_width // TILE)
-        self.halo = (TILE - 1) * stride + (window - 1) * dilation + 1
+        self.batch, self.heads, self.head_dim, out_height, out_width = q.shape
         self.device = q.device
-        self.pixels = self._pixels()
-
-    def _pixels(self) -> Tensor:
-        """Index into the flat map of every key of every tile, row by row, borders reflected."""
-
-        def positions(tiles: int, size: int) -> Tensor:
-            first = torch.arange(tiles, device=self.device) * (TILE * self.stride)
-            first = first - self.window // 2 * self.dilation
-            return reflect(first[:, None] + torch.arange(self.halo, device=self.device), size)
-
-        rows, cols = positions(self.down, self.height), positions(self.across, self.width)
-        return (rows[:, None, :, None] * self.width + cols[None, :, None, :]).flatten()
+        self.y = _Side(k.shape[-2], out_height, window, stride, dilation)
+        self.x = _Side(k.shape[-1], out_width, window, stride, dilation)
+        rows, cols = self.y.positions(q.device), self.x.positions(q.device)
+        pixels = rows[:, None, :, None] * self.x.size + cols[None, :, None, :]
+        self.pixels = pixels.flatten()  # of every key of every tile, in the flat map
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query of a tile sees a key of its halo, -inf elsewhere: (TILE^2, halo^2)."""
-        query = torch.arange(TILE, device=self.device) * self.stride
-        offset = torch.arange(self.halo, device=self.device) - query[:, None]
-        inside = (offset >= 0) & (offset <= (self.window - 1) * self.dilation)
-        sees = inside & (offset % self.dilation == 0)
-        sees = (sees[:, None, :, None] & sees[None, :, None, :]).flatten(2).flatten(0, 1)
-        return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill_(
-            ~sees, float("-inf")
-        )
+        """0 where a query of a tile sees a key, -inf elsewhere."""
+        y, x = self.y.sees(self.device), self.x.sees(self.device)
+        sees = (y[:, None, :, None] & x[None, :, None, :]).flatten(2).flatten(0, 1)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(~sees, float("-inf"))
 
     def of_queries(self, q: Tensor) -> Tensor:
-        """(B, N, d, Ho, Wo) -> (B * down, across * N, TILE^2, d)"""
-        bottom = self.down * TILE - self.out_height
-        right = self.across * TILE - self.out_width
-        q = F.pad(q, (0, right, 0, bottom)).unflatten(-1, (self.across, TILE))
-        q = q.unflatten(-3, (self.down, TILE)).permute(0, 3, 5, 1, 4, 6, 2)
-        return self._attention_shape(q, TILE)
+        """(B, N, d, Ho, Wo) -> (B * tiles down, tiles across * N, queries of a tile, d)"""
+        y, x = self.y, self.x
+        q = F.pad(q, (0, x.padded - x.out_size, 0, y.padded - y.out_size))
+        q = q.unflatten(-1, (x.repeats, x.queries, x.step))
+        q = q.unflatten(3, (y.repeats, y.queries, y.step))  # (B, N, d, y's three, x's three)
+        return self._attention_shape(q.permute(0, 3, 5, 6, 8, 1, 4, 7, 2), y.queries * x.queries)
 
     def queries_from(self, tiles: Tensor) -> Tensor:
         """The reverse of `of_queries`."""
-        shape = (self.batch, self.down, self.across, self.heads, TILE, TILE, self.head_dim)
-        q = tiles.reshape(shape).permute(0, 3, 6, 1, 4, 2, 5)
-        q = q.flatten(5, 6).flatten(3, 4)
-        return q[..., : self.out_height, : self.out_width].contiguous()
+        y, x = self.y, self.x
+        shape = (self.batch, y.repeats, y.step, x.repeats, x.step, self.heads)
+        q = tiles.reshape(*shape, y.queries, x.queries, self.head_dim)
+        q = q.permute(0, 5, 8, 1, 6, 2, 3, 7, 4).flatten(6).flatten(3, 5)
+        return q[..., : y.out_size, : x.out_size].contiguous()
 
     def of_keys(self, k: Tensor) -> Tensor:
-        """(B, N, d, H, W) -> (B * down, across * N, halo^2, d)"""
+        """(B, N, d, H, W) -> (B * tiles down, tiles across * N, keys of a tile, d)"""
         rows = k.flatten(3).permute(0, 3, 1, 2).index_select(1, self.pixels)
-        shape = (self.batch, self.down, self.across, self.halo, self.halo)
-        rows = rows.reshape(*shape, self.heads, self.head_dim)
-        return self._attention_shape(rows.permute(0, 1, 2, 5, 3, 4, 6), self.halo)
+        shape = (self.batch, self.y.tiles, self.x.tiles, self.y.keys * self.x.keys)
+        rows = rows.reshape(*shape, self.heads, self.head_dim).transpose(3, 4)
+        return self._attention_shape(rows, shape[-1])
 
     def keys_from(self, tiles: Tensor) -> Tensor:
         """The adjoint of `of_keys`: what every tile adds to each pixel, summed."""
-        shape = (self.batch, self.down, self.across, self.heads, self.halo**2, self.head_dim)
+        y, x = self.y, self.x
+        shape = (self.batch, y.tiles, x.tiles, self.heads, y.keys * x.keys, self.head_dim)
         rows = tiles.reshape(shape).transpose(3, 4).flatten(1, 3)
         # Tiles overlap, so half precision would round many times.
         exact = torch.promote_types(tiles.dtype, torch.float32)
-        k = rows.new_zeros(
-            (self.batch, self.height * self.width, self.heads, self.head_dim), dtype=exact
-        )
+        k = rows.new_zeros((self.batch, y.size * x.size, self.heads, self.head_dim), dtype=exact)
         k = k.index_add_(1, self.pixels, rows.to(exact)).to(tiles.dtype)
-        return k.permute(0, 2, 3, 1).unflatten(3, (self.height, self.width)).contiguous()
+        return k.permute(0, 2, 3, 1).unflatten(3, (y.size, x.size)).contiguous()
 
-    def _attention_shape(self, tiles: Tensor, side: int) -> Tensor:
+    def _attention_shape(self, tiles: Tensor, tokens: int) -> Tensor:
         """Tiles spread over both leading dimensions, since a GPU grid bounds each at 65,535."""
-        shape = (self.batch * self.down, self.across * self.heads, side * side, self.head_dim)
+        shape = (self.batch * self.y.tiles, self.x.tiles * self.heads, tokens, self.head_dim)
         return tiles.reshape(shape)
 
 

@@ -1,0 +1,440 @@
+// The shift convolution: outputs, gradients of the pieces and of the kernels.
+// Only for kernel.cpp, see vec.h.
+#pragma once
+
+#include "rows.h"
+#include "scratch.h"
+
+namespace {
+
+using acmix::Shift;
+using acmix::ShiftGeometry;
+using acmix::ShiftPhase;
+using acmix::ShiftTap;
+
+constexpr int kWide = ACMIX_LANES;
+constexpr int kOutputs = 4;                               // rows of outputs at once
+constexpr int kVectors = ACMIX_REGISTERS == 32 ? 4 : 2;  // vectors of each
+constexpr int kSources = ACMIX_REGISTERS == 32 ? 6 : 2;  // inputs against kOutputs rows
+
+// Some groups of some images, and the rows [begin, end) of outputs.
+struct ShiftTask {
+  int64_t image, images, group, groups, begin, end, part;
+
+  int64_t rows() const { return end - begin; }
+};
+
+ShiftTask split(const ShiftGeometry& g, int64_t index) {
+  const int64_t block = index % g.group_blocks, part = index / g.group_blocks;
+  const int64_t chunk = part % g.chunks, images = part / g.chunks;
+  return {images * g.images,
+          smaller(g.images, g.batch - images * g.images),
+          block * g.group_block,
+          smaller(g.group_block, g.groups - block * g.group_block),
+          chunk * g.row_chunk,
+          smaller((chunk + 1) * g.row_chunk, g.out_height),
+          part};
+}
+
+// The planes of a block of groups.
+struct Planes {
+  float* data;
+  int64_t group_pitch, plane_pitch;
+};
+
+Planes make_planes(Scratch& scratch, const ShiftGeometry& g, int64_t planes) {
+  const int64_t group_pitch = planes * g.plane_pitch;
+  return {scratch.floats(g.group_block * group_pitch), group_pitch, g.plane_pitch};
+}
+
+// Where row `row` of an image's part of a plane begins; row 0 comes after the gap above it.
+int64_t row_place(const ShiftGeometry& g, const ShiftTask& task, int64_t image, int64_t row) {
+  return (image * (task.rows() + g.gap_y) + g.gap_y + row) * g.pitch + g.gap_x;
+}
+
+// Places from the first image's first to the last one's last.
+int64_t places(const ShiftGeometry& g, const ShiftTask& task) {
+  return (task.images * (task.rows() + g.gap_y) - g.gap_y) * g.pitch;
+}
+
+// The pixels of one phase, as a tensor.
+Tensor phase_pixels(const ShiftGeometry& g, Tensor t, const ShiftPhase& phase) {
+  const int64_t size = t.dtype == acmix::kFloat32 ? 4 : 2;
+  const int64_t first = phase.row * t.stride[3] + phase.column * t.stride[4];
+  t.data = static_cast<char*>(t.data) + first * size;
+  t.size[3] = (t.size[3] - phase.row + g.row_stride - 1) / g.row_stride;
+  t.size[4] = (t.size[4] - phase.column + g.column_stride - 1) / g.column_stride;
+  t.stride[3] *= g.row_stride;
+  t.stride[4] *= g.column_stride;
+  return t;
+}
+
+template <class Body>
+void for_planes(const Planes& planes, int64_t groups, int64_t count, const Body& body) {
+  for (int64_t n = 0; n < groups; n++) {
+    for (int64_t c = 0; c < count; c++) {
+      body(planes.data + n * planes.group_pitch + c * planes.plane_pitch);
+    }
+  }
+}
+
+// A row of the tensor with zeros around it; all zeros beyond the tensor.
+void stage_row(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task, int64_t image,
+               int64_t row, const Planes& planes) {
+  const int64_t place = row_place(g, task, image, row), y = task.begin + row;
+  const bool inside = y >= 0 && y < t.size[3];
+  if (inside) {
+    load_rows(t, task.image + image, task.group, task.groups, y,
+              {planes.data + place, planes.group_pitch, planes.plane_pitch});
+  }
+  for_planes(planes, task.groups, t.size[2], [&](float* plane) {
+    for (int64_t x = -g.gap_x; x < 0; x++) plane[place + x] = 0.0f;
+    for (int64_t x = inside ? t.size[4] : 0; x < g.out_width; x++) plane[place + x] = 0.0f;
+  });
+}
+
+void stage_planes(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task,
+                  const Planes& planes) {
+  for (int64_t b = 0; b < task.images; b++) {
+    const int64_t last = task.rows() + (b + 1 < task.images ? 0 : g.gap_y);
+    for (int64_t row = -g.gap_y; row < last; row++) stage_row(g, t, task, b, row, planes);
+  }
+  const int64_t end = row_place(g, task, task.images - 1, task.rows() + g.gap_y) - g.gap_x;
+  for_planes(planes, task.groups, t.size[2], [&](float* plane) {
+    for (int64_t i = end; i < g.plane_pitch; i++) plane[i] = 0.0f;
+  });
+}
+
+void stage_inputs(const Shift& job, const ShiftTask& task, const Planes& planes) {
+  const ShiftGeometry& g = job.g;
+  for (int64_t p = 0; p < g.phases; p++) {
+    const Planes phase{planes.data + p * g.inputs * g.plane_pitch, planes.group_pitch,
+                       planes.plane_pitch};
+    stage_planes(g, phase_pixels(g, job.pieces, g.phase[p]), task, phase);
+  }
+}
+
+// out[o][n] = sum over inputs and taps of weight * source[input][n + offset]
+struct Correlation {
+  const float* source;
+  int64_t source_pitch, inputs;
+  const ShiftTap* taps;
+  int64_t count;
+  const float* weight;
+  int64_t input_step, output_step;
+  float* out;
+  int64_t out_pitch;
+  bool accumulate;
+};
+
+template <int N, int O, int V>
+void correlate(const Correlation& c) {
+  Float<N> sum[O][V];
+  ACMIX_UNROLL
+  for (int o = 0; o < O; o++) {
+    ACMIX_UNROLL
+    for (int v = 0; v < V; v++) {
+      sum[o][v] = c.accumulate ? load<N>(c.out + o * c.out_pitch + v * N) : splat<N>(0.0f);
+    }
+  }
+  const int64_t count = c.count, step = c.output_step;
+  for (int64_t i = 0; i < c.inputs; i++) {
+    const float* source = c.source + i * c.source_pitch;
+    const float* weights = c.weight + i * c.input_step;
+    for (int64_t t = 0; t < count; t++) {
+      const float* from = source + c.taps[t].offset;
+      const float* weight = weights + c.taps[t].index;
+      Float<N> x[V];
+      ACMIX_UNROLL
+      for (int v = 0; v < V; v++) {
+        x[v] = load<N>(from + v * N);
+        keep(x[v]);
+      }
+      ACMIX_UNROLL
+      for (int o = 0; o < O; o++) {
+        Float<N> w = splat<N>(weight[o * step]);
+        keep(w);
+        ACMIX_UNROLL
+        for (int v = 0; v < V; v++) sum[o][v] += w * x[v];
+      }
+    }
+  }
+  ACMIX_UNROLL
+  for (int o = 0; o < O; o++) {
+    ACMIX_UNROLL
+    for (int v = 0; v < V; v++) store<N>(c.out + o * c.out_pitch + v * N, sum[o][v]);
+  }
+}
+
+using Correlate = void (*)(const Correlation&);
+
+struct Correlates {
+  Correlate of[kOutputs][kVectors];
+};
+
+template <int O, int... V>
+constexpr void fill_vectors(Correlates& table) {
+  ((table.of[O - 1][V - 1] = correlate<kWide, O, V>), ...);
+}
+
+template <int... O>
+constexpr Correlates correlates() {
+  Correlates table{};
+#if ACMIX_REGISTERS == 32
+  (fill_vectors<O, 1, 2, 3, 4>(table), ...);
+#else
+  (fill_vectors<O, 1, 2>(table), ...);
+#endif
+  return table;
+}
+
+constexpr Correlates kCorrelates = correlates<1, 2, 3, 4>();
+
+// All of `outputs` rows of `count` places; places are computed in whole vectors.
+void correlate_all(Correlation c, int64_t outputs, int64_t count) {
+  const int64_t vectors = (count + kWide - 1) / kWide;
+  for (int64_t v = 0, width; v < vectors; v += width) {
+    width = smaller(kVectors, vectors - v);
+    Correlation block = c;
+    block.source += v * kWide;
+    block.out += v * kWide;
+    for (int64_t o = 0; o < outputs; o += kOutputs) {
+      const int64_t rows = smaller(kOutputs, outputs - o);
+      kCorrelates.of[rows - 1][width - 1](block);
+      block.weight += rows * c.output_step;
+      block.out += rows * c.out_pitch;
+    }
+  }
+}
+
+// Rows of results: in planes without the gap before the first place.
+Rows result_rows(const ShiftGeometry& g, const ShiftTask& task, int64_t image, int64_t row,
+                 const Planes& planes) {
+  const int64_t place = row_place(g, task, image, row) - row_place(g, task, 0, 0);
+  return {planes.data + place, planes.group_pitch, planes.plane_pitch};
+}
+
+// Calls body(image, y, rows) for the rows of `t` that the task's results are.
+template <class Body>
+void for_results(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task,
+                 const Planes& planes, const Body& body) {
+  for (int64_t b = 0; b < task.images; b++) {
+    for (int64_t y = task.begin; y < smaller(task.end, t.size[3]); y++) {
+      body(task.image + b, y, result_rows(g, task, b, y - task.begin, planes));
+    }
+  }
+}
+
+void load_results(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task,
+                  const Planes& planes) {
+  for_results(g, t, task, planes, [&](int64_t image, int64_t y, Rows rows) {
+    load_rows(t, image, task.group, task.groups, y, rows);
+  });
+}
+
+void store_results(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task,
+                   const Planes& planes) {
+  for_results(g, t, task, planes, [&](int64_t image, int64_t y, Rows rows) {
+    store_rows(t, image, task.group, task.groups, y, rows);
+  });
+}
+
+struct ShiftForwardScratch {
+  Planes inputs, outs;
+
+  ShiftForwardScratch(Scratch& s, const ShiftGeometry& g)
+      : inputs(make_planes(s, g, g.phases * g.inputs)), outs(make_planes(s, g, g.outputs)) {}
+};
+
+void shift_forward(const Shift& job, int64_t index, float* memory) {
+  const ShiftGeometry& g = job.g;
+  const ShiftTask task = split(g, index);
+  Scratch scratch(memory);
+  const ShiftForwardScratch s(scratch, g);
+  stage_inputs(job, task, s.inputs);
+  if (job.accumulate) load_results(g, job.out, task, s.outs);
+  for (int64_t n = 0; n < task.groups; n++) {
+    const float* weight = job.weight + (task.group + n) * g.outputs * g.inputs * g.kernel;
+    correlate_all({s.inputs.data + n * s.inputs.group_pitch + row_place(g, task, 0, 0),
+                   g.plane_pitch, g.inputs, g.tap, g.taps, weight, g.kernel,
+                   g.inputs * g.kernel, s.outs.data + n * s.outs.group_pitch, g.plane_pitch,
+                   job.accumulate},
+                  g.outputs, places(g, task));
+  }
+  store_results(g, job.out, task, s.outs);
+}
+
+// sum[r * sum_pitch + index of s] += sum over `count` places of row[r] * source[offset of s]
+struct Pairing {
+  const float* row;
+  int64_t row_pitch;
+  const float* source;
+  const ShiftTap* sources;
+  float* sum;
+  int64_t sum_pitch;
+  int64_t count;
+};
+
+// The sum over the lanes of each of four vectors.
+template <int N>
+ACMIX_INLINE Float<4> lane_sums(const Float<N>* v) {
+  Float<4> part[4];
+  for (int r = 0; r < 4; r++) {
+    float lane[N];
+    store<N>(lane, v[r]);
+    part[r] = load<4>(lane);
+    ACMIX_UNROLL
+    for (int i = 4; i < N; i += 4) part[r] += load<4>(lane + i);
+  }
+  transpose(part);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+template <int N, int R, int S>
+void pair(const Pairing& p) {
+  Float<N> sum[S][kOutputs];
+  const float* source[S];
+  ACMIX_UNROLL
+  for (int s = 0; s < S; s++) {
+    source[s] = p.source + p.sources[s].offset;
+    ACMIX_UNROLL
+    for (int r = 0; r < kOutputs; r++) sum[s][r] = splat<N>(0.0f);
+  }
+  const float* row = p.row;
+  const int64_t pitch = p.row_pitch, count = p.count;
+  for (int64_t n = 0; n < count; n += N) {
+    Float<N> g[R];
+    ACMIX_UNROLL
+    for (int r = 0; r < R; r++) {
+      g[r] = load<N>(row + r * pitch + n);
+      keep(g[r]);
+    }
+    ACMIX_UNROLL
+    for (int s = 0; s < S; s++) {
+      Float<N> x = load<N>(source[s] + n);
+      keep(x);
+      ACMIX_UNROLL
+      for (int r = 0; r < R; r++) sum[s][r] += g[r] * x;
+    }
+  }
+  ACMIX_UNROLL
+  for (int s = 0; s < S; s++) {
+    const Float<4> total = lane_sums<N>(sum[s]);
+    float* to = p.sum + p.sources[s].index;
+    ACMIX_UNROLL
+    for (int r = 0; r < R; r++) to[r * p.sum_pitch] += total[r];
+  }
+}
+
+using Pair = void (*)(const Pairing&);
+
+struct Pairs {
+  Pair of[kOutputs][kSources];
+};
+
+template <int R, int... S>
+constexpr void fill_sources(Pairs& table) {
+  ((table.of[R - 1][S - 1] = pair<kWide, R, S>), ...);
+}
+
+template <int... R>
+constexpr Pairs pairs() {
+  Pairs table{};
+#if ACMIX_REGISTERS == 32
+  (fill_sources<R, 1, 2, 3, 4, 5, 6>(table), ...);
+#else
+  (fill_sources<R, 1, 2>(table), ...);
+#endif
+  return table;
+}
+
+constexpr Pairs kPairs = pairs<1, 2, 3, 4>();
+
+// Every row with every source, `count` places of them.
+void pair_all(Pairing p, int64_t rows, int64_t sources) {
+  const Pairing all = p;
+  for (int64_t r = 0; r < rows; r += kOutputs) {
+    p.row = all.row + r * all.row_pitch;
+    p.sum = all.sum + r * all.sum_pitch;
+    p.sources = all.sources;
+    for (int64_t s = 0; s < sources; s += kSources, p.sources += kSources) {
+      kPairs.of[smaller(kOutputs, rows - r) - 1][smaller(kSources, sources - s) - 1](p);
+    }
+  }
+}
+
+struct ShiftBackwardScratch {
+  Planes inputs, grad_outs, grad_inputs;
+  float* tail;
+
+  ShiftBackwardScratch(Scratch& s, const ShiftGeometry& g)
+      : inputs(make_planes(s, g, g.phases * g.inputs)),
+        grad_outs(make_planes(s, g, g.outputs)),
+        grad_inputs(make_planes(s, g, g.inputs)),
+        tail(s.floats(g.outputs * kWide)) {}
+};
+
+// Places of one pass over the sources: those of a few inputs stay in the first-level cache.
+constexpr int64_t kSegment = 1024;
+
+// Gradients of the kernels of group n, summed over the task's places. The gaps hold zeros.
+void kernel_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwardScratch& s,
+                     int64_t n) {
+  const ShiftGeometry& g = job.g;
+  const int64_t size = g.inputs * g.kernel;
+  float* sums = job.grad_weight + (task.part * g.groups + task.group + n) * g.outputs * size;
+  clear(sums, g.outputs * size);
+  const int64_t start = row_place(g, task, 0, 0), count = places(g, task);
+  const int64_t whole = count / kWide * kWide;
+  const float* rows = s.grad_outs.data + n * s.grad_outs.group_pitch + start;
+  const float* source = s.inputs.data + n * s.inputs.group_pitch + start;
+  for (int64_t at = 0; at < whole; at += kSegment) {
+    pair_all({rows + at, g.plane_pitch, source + at, g.source, sums, size,
+              smaller(kSegment, whole - at)},
+             g.outputs, g.inputs * g.taps);
+  }
+  if (whole == count) return;
+  // The last places with zeros after them, as the planes have not: rows of the next chunk follow.
+  for (int64_t m = 0; m < g.outputs; m++) {
+    for (int64_t i = 0; i < kWide; i++) {
+      s.tail[m * kWide + i] = whole + i < count ? rows[m * g.plane_pitch + whole + i] : 0.0f;
+    }
+  }
+  pair_all({s.tail, kWide, source + whole, g.source, sums, size, kWide}, g.outputs,
+           g.inputs * g.taps);
+}
+
+// Gradients of the pieces at one phase of the stride.
+void piece_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwardScratch& s,
+                    int64_t phase) {
+  const ShiftGeometry& g = job.g;
+  const ShiftPhase first{phase / g.column_stride, phase % g.column_stride};
+  const Tensor pixels = phase_pixels(g, job.grad_pieces, first);
+  if (job.accumulate) load_results(g, pixels, task, s.grad_inputs);
+  const int64_t begin = g.first_of_phase[phase], end = g.first_of_phase[phase + 1];
+  for (int64_t n = 0; n < task.groups; n++) {
+    const float* weight = job.weight + (task.group + n) * g.outputs * g.inputs * g.kernel;
+    correlate_all({s.grad_outs.data + n * s.grad_outs.group_pitch + row_place(g, task, 0, 0),
+                   g.plane_pitch, g.outputs, g.gradient_tap + begin, end - begin, weight,
+                   g.inputs * g.kernel, g.kernel,
+                   s.grad_inputs.data + n * s.grad_inputs.group_pitch, g.plane_pitch,
+                   job.accumulate},
+                  g.inputs, places(g, task));
+  }
+  store_results(g, pixels, task, s.grad_inputs);
+}
+
+void shift_backward(const Shift& job, int64_t index, float* memory) {
+  const ShiftGeometry& g = job.g;
+  const ShiftTask task = split(g, index);
+  Scratch scratch(memory);
+  const ShiftBackwardScratch s(scratch, g);
+  stage_planes(g, job.grad_out, task, s.grad_outs);
+  if (job.grad_weight) {
+    stage_inputs(job, task, s.inputs);
+    for (int64_t n = 0; n < task.groups; n++) kernel_gradient(job, task, s, n);
+  }
+  for (int64_t p = 0; p < g.row_stride * g.column_stride; p++) piece_gradient(job, task, s, p);
+}
+
+}  // namespace

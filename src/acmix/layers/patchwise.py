@@ -1,0 +1,255 @@
+"""ACmix around the patchwise self-attention of SAN, and SAN's pairwise attention beside it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.mix import MIXES, Weight, make_mix
+from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.ops import _checks, weighted_aggregation
+from acmix.ops._dispatch import BACKENDS
+from acmix.ops._windows import pad_reflect, unit_coordinate
+from acmix.ops.shift_convolution import folded
+from acmix.ops.shift_convolution import reference as unfolded
+
+
+class PatchwiseACmix(nn.Module):
+    """Patchwise self-attention and a shift convolution from one set of projections.
+
+    `out = alpha * attention + beta * convolution`: Pan et al., "On the Integration of
+    Self-Attention and Convolution", CVPR 2022, on Zhao et al., "Exploring Self-attention for Image
+    Recognition", CVPR 2020, Eq. 4. The weights of a window are made from its query and all of its
+    keys at once by two 1x1 convolutions, and are not normalised. q, k and the equal parts of v are
+    the pieces that the convolution reads. Names of the attention's parameters are SAN's.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), any H, W >= 1, in any floating-point
+    dtype and memory format.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels C of v and of the output; a multiple of `reduction` and of
+            `share_planes`.
+        kernel_att: side of the attention window in pixels, odd. Beyond the border pixels are
+            reflected, repeatedly where the map is smaller than the window.
+        kernel_conv: side of the convolution kernel in pixels, odd. Its border is padded by zeros.
+        reduction: q and k have C / reduction channels.
+        share_planes: how many channels of v share a weight: c and c' where they are equal modulo
+            C / share_planes.
+        mix, shift, shift_init: as in `ACmix2d`.
+        backend: of the aggregation; see `acmix.ops.backends`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: for an argument out of its range, and in `forward` for an input of
+            wrong rank, channels or dtype and for a forced backend that cannot run on it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_att: int = 7,
+        kernel_conv: int = 3,
+        reduction: int = 4,
+        share_planes: int = 8,
+        mix: str = "learned",
+        shift: str = "learned",
+        shift_init: str = "shift",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_attention(in_channels, out_channels, kernel_att, reduction, share_planes, backend)
+        _checks.check_window("kernel_conv", kernel_conv)
+        _checks.check_choice("mix", mix, MIXES)
+        _checks.check_choice("shift", shift, SHIFTS)
+        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_att, self.kernel_conv = kernel_att, kernel_conv
+        self.reduction, self.share_planes = reduction, share_planes
+        self.backend = backend
+        related = out_channels // reduction
+        self.conv1 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # q
+        self.conv2 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # k
+        self.conv3 = nn.Conv2d(in_channels, out_channels, 1, device=device, dtype=dtype)  # v
+        self.mix = make_mix(mix, device, dtype)
+        alpha, beta = self.mix.weights()
+        self.conv_w: nn.Sequential | None = None
+        if alpha is not None:
+            taps, weights = kernel_att**2, out_channels // share_planes
+            self.conv_w = weight_layers(
+                related * (taps + 1), weights, taps * weights, device=device, dtype=dtype
+            )
+        if beta is not None:
+            # Plain parameters: a network's loop over its modules leaves their start alone.
+            shape = (kernel_conv**2, 2 + reduction)
+            self.fc_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.shift = make_shift(
+                shift, out_channels, reduction, kernel_conv, shift_init, device, dtype
+            )
+            self.reset_convolution()
+
+    def reset_parameters(self) -> None:
+        """Start again: attention and fc as `nn.Conv2d`, kernels and mix as constructed."""
+        layers = [self.conv1, self.conv2, self.conv3, *(self.conv_w or ())]
+        for layer in (*layers, self.mix, getattr(self, "shift", None)):
+            reset = getattr(layer, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        if hasattr(self, "fc_weight"):
+            self.reset_convolution()
+
+    def reset_convolution(self) -> None:
+        bound = self.fc_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.fc_weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        _checks.check_map("x", x, self.in_channels)
+        alpha, beta = self.mix.weights()
+        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
+        out: Tensor | None = None
+        if alpha is not None:
+            out = alpha * self._attention(q, k, v)
+        if beta is not None:
+            convolution = self._convolution(torch.cat([q, k, v], 1), beta)
+            out = convolution if out is None else out + convolution
+        assert out is not None
+        return out
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.conv_w is not None
+        keys = windows(k, self.kernel_att).flatten(1, 2)
+        weight = self.conv_w(torch.cat([q, keys], 1)).unflatten(1, (-1, self.kernel_att**2))
+        return weighted_aggregation(weight, v, window=self.kernel_att, backend=self.backend)
+
+    def _convolution(self, pieces: Tensor, beta: Weight) -> Tensor:
+        """beta times the convolution path, (B, C, H, W); its channels are d-major, those of the
+        attention are not, and the two are added as they are."""
+        assert beta is not None
+        fc_weight = beta * self.fc_weight
+        kernels = self.shift.kernels(like=fc_weight)
+        pieces = pieces.unflatten(1, (2 + self.reduction, -1))
+        if kernels is None:
+            return unfolded.forward_tensor_shifts(pieces, fc_weight, self.reduction, None, 1, 1)
+        form = unfolded if self.backend == "reference" else folded
+        return form.forward(pieces, fc_weight, kernels, None, 1, 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_att={self.kernel_att}, "
+            f"kernel_conv={self.kernel_conv}, reduction={self.reduction}, "
+            f"share_planes={self.share_planes}, backend={self.backend!r}"
+        )
+
+
+class PairwiseAttention(nn.Module):
+    """SAN's other self-attention: a weight of a window is made from one query and one key.
+
+    Zhao et al., "Exploring Self-attention for Image Recognition", CVPR 2020, Eq. 2: two 1x1
+    convolutions of the difference q - k and of the difference of the learned positions, then
+    softmax over the window. The biases of `conv_p` and of the last convolution cancel; they are
+    here because SAN's releases have them.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), any H, W >= 1.
+
+    Args and Raises: as those of `PatchwiseACmix`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_att: int = 7,
+        reduction: int = 4,
+        share_planes: int = 8,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_attention(in_channels, out_channels, kernel_att, reduction, share_planes, backend)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_att, self.reduction, self.share_planes = kernel_att, reduction, share_planes
+        self.backend = backend
+        related = out_channels // reduction
+        self.conv1 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # q
+        self.conv2 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # k
+        self.conv3 = nn.Conv2d(in_channels, out_channels, 1, device=device, dtype=dtype)  # v
+        self.conv_p = nn.Conv2d(2, 2, 1, device=device, dtype=dtype)
+        self.conv_w = weight_layers(
+            related + 2, related, out_channels // share_planes, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        _checks.check_map("x", x, self.in_channels)
+        batch, _, height, width = x.shape
+        columns = unit_coordinate(width, x).expand(height, width)
+        rows = unit_coordinate(height, x)[:, None].expand(height, width)
+        positions = self.conv_p(torch.stack([columns, rows])[None]).expand(batch, -1, -1, -1)
+        queries = torch.cat([self.conv1(x), positions], 1)
+        keys = torch.cat([self.conv2(x), positions], 1)
+        apart = queries[:, :, None] - windows(keys, self.kernel_att)
+        weight = self.conv_w(apart.flatten(3)).softmax(2).unflatten(3, (height, width))
+        v = self.conv3(x)
+        return weighted_aggregation(
+            weight.to(v.dtype), v, window=self.kernel_att, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_att={self.kernel_att}, "
+            f"reduction={self.reduction}, share_planes={self.share_planes}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def check_attention(
+    in_channels: int,
+    out_channels: int,
+    kernel_att: int,
+    reduction: int,
+    share_planes: int,
+    backend: str,
+) -> None:
+    _checks.check_positive("in_channels", in_channels)
+    _checks.check_positive("out_channels", out_channels)
+    _checks.check_window("kernel_att", kernel_att)
+    _checks.check_positive("reduction", reduction)
+    _checks.check_divisible("out_channels", out_channels, "reduction", reduction)
+    _checks.check_positive("share_planes", share_planes)
+    _checks.check_divisible("out_channels", out_channels, "share_planes", share_planes)
+    _checks.check_choice("backend", backend, BACKENDS)
+
+
+def weight_layers(
+    before: int,
+    between: int,
+    after: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """The network that makes the weights, of 1x1 convolutions each after a norm and a ReLU."""
+    return nn.Sequential(
+        nn.BatchNorm2d(before, device=device, dtype=dtype),
+        nn.ReLU(),
+        nn.Conv2d(before, between, 1, bias=False, device=device, dtype=dtype),
+        nn.BatchNorm2d(between, device=device, dtype=dtype),
+        nn.ReLU(),
+        nn.Conv2d(between, after, 1, device=device, dtype=dtype),
+    )
+
+
+def windows(x: Tensor, side: int) -> Tensor:
+    """The reflected window around each pixel: (B, C, H, W) -> (B, C, side^2, H, W)."""
+    height, width = x.shape[-2:]
+    reach = side // 2
+    padded = pad_reflect(x, (-reach, height - 1 + reach), (-reach, width - 1 + reach))
+    taps = F.unfold(padded, side)
+    return taps.unflatten(2, (height, width)).unflatten(1, (-1, side * side))

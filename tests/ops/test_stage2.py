@@ -1,0 +1,255 @@
+"""Stage II in one step against its two paths apart."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import acmix
+from acmix.ops import _native
+from acmix.ops.stage2 import native, reference, stage2
+
+needs_kernel = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
+OPERATOR = torch.ops.acmix.stage2
+
+# (H, W, window, stride, dilation)
+GRID = [
+    (1, 1, 7, 1, 1),
+    (1, 9, 7, 2, 1),
+    (12, 1, 3, 1, 3),
+    (2, 3, 13, 1, 1),
+    (5, 3, 9, 3, 2),
+    (7, 7, 7, 1, 1),
+    (14, 14, 7, 1, 1),
+    (14, 15, 7, 2, 1),
+    (13, 17, 5, 3, 1),
+    (9, 70, 7, 1, 1),
+    (9, 70, 5, 2, 3),
+    (11, 25, 3, 1, 3),
+]
+Shape = tuple[int, int, int, int, int]
+LAYOUTS = {"nchw": (0, 2, 1, 3, 4), "channels_last": (0, 3, 4, 2, 1), "pieces": (0, 1, 2, 3, 4)}
+
+
+def make_inputs(
+    shape: Shape,
+    heads: int = 4,
+    head_dim: int = 3,
+    kernel: int = 3,
+    layout: str = "nchw",
+    batch: int = 2,
+    alpha: float = 0.7,
+) -> list[Tensor]:
+    order = LAYOUTS[layout]
+    pieces = torch.randn(batch, 3 * heads, head_dim, *shape[:2])
+    back = torch.tensor(order).argsort().tolist()
+    return [
+        pieces.permute(order).contiguous().permute(back),
+        torch.randn(head_dim, 2),
+        torch.randn(heads * head_dim, 3 * heads, kernel, kernel),
+        torch.tensor(alpha),
+    ]
+
+
+def run(module: ModuleType, shape: Shape) -> Callable[..., Tensor]:
+    return lambda *x: module.forward(*x, *shape[2:])
+
+
+def check(shape: Shape, inputs: list[Tensor], tolerance: float) -> None:
+    actual = outputs_and_gradients(run(native, shape), inputs)
+    expected = outputs_and_gradients(run(reference, shape), [x.double() for x in inputs])
+    assert_all_close(actual, expected, tolerance)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", GRID, ids=str)
+def test_grid(shape: Shape, layout: str) -> None:
+    for heads, head_dim, kernel in [(4, 3, 3), (1, 8, 5), (2, 5, 1)]:
+        inputs = make_inputs(shape, heads, head_dim, kernel, layout)
+        check(shape, inputs, TOLERANCE[torch.float32])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision(layout: str, dtype: torch.dtype) -> None:
+    for shape in [(7, 7, 7, 1, 1), (9, 21, 5, 2, 2)]:
+        pieces, *small = make_inputs(shape, layout=layout)
+        check(shape, [pieces.to(dtype), *small], TOLERANCE[dtype])
+        check(shape, [x.to(dtype) for x in (pieces, *small)], TOLERANCE[dtype])
+
+
+@needs_kernel
+@pytest.mark.parametrize("alpha", [0.0, -2.5])
+def test_alpha(alpha: float) -> None:
+    """At zero too its gradient is the product of the attention with the output's gradient."""
+    shape = (6, 9, 5, 1, 1)
+    check(shape, make_inputs(shape, alpha=alpha), TOLERANCE[torch.float32])
+
+
+@needs_kernel
+@pytest.mark.parametrize("stride", [1, 2])
+def test_without_alpha_and_position(stride: int) -> None:
+    shape = (6, 9, 5, stride, 1)
+    pieces, _, weight, _ = make_inputs(shape)
+    for alpha in (1.0, 0.25):
+        results = [
+            outputs_and_gradients(
+                lambda p, w, m=module, a=alpha: m.forward(p, None, w, a, *shape[2:]), inputs
+            )
+            for module, inputs in (
+                (native, [pieces, weight]),
+                (reference, [pieces.double(), weight.double()]),
+            )
+        ]
+        assert_all_close(*results, TOLERANCE[torch.float32])
+
+
+@needs_kernel
+def test_strided_and_expanded_inputs() -> None:
+    shape = (9, 10, 5, 1, 1)
+    _, *small = make_inputs(shape, heads=2, head_dim=3)
+    for pieces in (
+        torch.randn(2, 6, 3, 18, 40)[..., ::2, 1::4],
+        torch.randn(2, 1, 3, 9, 1).expand(2, 6, 3, 9, 10),
+    ):
+        grad = torch.ones(()).expand(2, 6, 9, 10)
+        results = []
+        for module, cast in ((native, torch.Tensor.float), (reference, torch.Tensor.double)):
+            leaves = [cast(x).requires_grad_() for x in (pieces, *small)]
+            out = run(module, shape)(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, cast(grad))])
+        assert_all_close(*results, TOLERANCE[torch.float32])
+
+
+@needs_kernel
+def test_empty_batch() -> None:
+    shape = (5, 6, 3, 1, 1)
+    inputs = make_inputs(shape, batch=0)
+    out, _, *small = outputs_and_gradients(run(native, shape), inputs)
+    assert out.shape == (0, 12, 5, 6)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in small)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", GRID[::2], ids=str)
+def test_poisoned_memory(shape: Shape, threads: None) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for layout in LAYOUTS:
+            large = (30, 30, 9, 1, 1)
+            nan = [x * math.nan for x in make_inputs(large)]
+            outputs_and_gradients(run(native, large), nan)
+            actual = outputs_and_gradients(run(native, shape), make_inputs(shape, layout=layout))
+            assert all(x.isfinite().all() for x in actual)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_threads_agree_to_the_bit(stride: int, layout: str, threads: None) -> None:
+    for size, batch in itertools.product([(7, 7), (33, 20)], [1, 5]):
+        shape = (*size, 7, stride, 1)
+        inputs = make_inputs(shape, layout=layout, batch=batch)
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(run(native, shape), inputs))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
+def test_opcheck(layout: str) -> None:
+    shape = (6, 9, 3, 2, 1)
+    inputs = [x.requires_grad_() for x in make_inputs(shape, layout=layout)]
+    torch.library.opcheck(OPERATOR.default, (*inputs, *shape[2:]))
+    pieces, position, weight, alpha = (x.detach() for x in inputs)
+    torch.library.opcheck(OPERATOR.default, (pieces, None, weight, None, *shape[2:]))
+    out, lse = OPERATOR(pieces, position, weight, alpha, *shape[2:])
+    backward = torch.ops.acmix.stage2_backward.default
+    torch.library.opcheck(backward, (out, pieces, position, weight, alpha, lse, *shape[2:]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic: bool) -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        return native.forward(inputs[0] * 2, *inputs[1:], 3, 1, 1) + 1
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in [(6, 7), (9, 12)]:
+        inputs = make_inputs((*size, 3, 1, 1))
+        eager = outputs_and_gradients(function, inputs)
+        assert_all_close(outputs_and_gradients(compiled, inputs), eager, 1e-6)
+
+
+@needs_kernel
+def test_autocast() -> None:
+    shape = (6, 7, 3, 1, 1)
+    inputs = make_inputs(shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(native, shape)(*inputs)
+    assert out.dtype == torch.bfloat16
+    assert_all_close([out], [run(reference, shape)(*inputs)], TOLERANCE[torch.bfloat16])
+
+
+@needs_kernel
+def test_flop_formulas() -> None:
+    shape = (6, 7, 3, 1, 1)
+    inputs = [x.requires_grad_() for x in make_inputs(shape)]
+    with FlopCounterMode(display=False) as counter:
+        out = run(native, shape)(*inputs)
+        out.sum().backward()
+    attention, convolution = (2 + 5) * 2 * 9, 3 * 2 * 12 * 9
+    assert counter.get_total_flops() == (attention + convolution) * out.numel()
+
+
+def test_dispatch() -> None:
+    shape = (6, 7, 3, 1, 1)
+    inputs = [x.double() for x in make_inputs(shape)]
+    sizes = dict(zip(("window", "stride", "dilation"), shape[2:], strict=True))
+    out = stage2(*inputs, **sizes, backend="reference")
+    assert torch.equal(out, run(reference, shape)(*inputs))
+    with pytest.raises(ValueError, match=r"'native' cannot run here: .*float64"):
+        stage2(*inputs, **sizes, backend="native")
+
+
+@needs_kernel
+@pytest.mark.parametrize("mix", ["learned", "convex", "sum"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layer(memory_format: torch.memory_format, stride: int, mix: str) -> None:
+    """The layer on the kernel against the layer on the reference, every parameter's gradient."""
+    layers = [
+        acmix.ACmix2d(6, 8, stride=stride, mix=mix, backend=backend, dtype=dtype)
+        for backend, dtype in (("native", torch.float32), ("reference", torch.float64))
+    ]
+    layers[1].load_state_dict({k: v.double() for k, v in layers[0].state_dict().items()})
+    x = torch.randn(2, 6, 9, 11).to(memory_format=memory_format)
+    results = []
+    for layer, leaf in zip(layers, (x, x.double()), strict=True):
+        leaf = leaf.detach().requires_grad_()
+        out = layer(leaf)
+        seed = torch.linspace(0, 9, out.numel(), dtype=torch.float64).sin().view_as(out)
+        out.backward(seed.to(out.dtype))
+        results.append([out.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    assert_all_close(*results, TOLERANCE[torch.float32])
