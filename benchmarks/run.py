@@ -105,10 +105,10 @@ def operator_cases(channels: int, size: int) -> Iterator[Case]:
             for run, function in (("forward", infer), ("forward+backward", train)):
                 bound = bind(function, function_, *inputs, backend=backend, **arguments)
                 yield Case(subject, backend, "nchw", channels, size, run, bound, bytes_)
-    for form in ("folded", "reference"):
+    for backend in available():
         for run, function in (("forward", infer), ("forward+backward", train)):
-            bound = bind(function, shift_convolution, pieces, fc, shift, form=form)
-            yield Case("shift_convolution", form, "nchw", channels, size, run, bound, bytes_)
+            bound = bind(function, shift_convolution, pieces, fc, shift, backend=backend)
+            yield Case("shift_convolution", backend, "nchw", channels, size, run, bound, bytes_)
 
 
 def positioned_attention(q: Tensor, k: Tensor, v: Tensor, p: Tensor, **arguments: Any) -> Tensor:

@@ -132,24 +132,21 @@ def test_mix_weights() -> None:
 
 
 def test_unused_path_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("computed a path that is not used")
-
     x = torch.randn(1, 6, 5, 5)
-    attention = ACmix2d(6, 8, mix="attention")
-    convolution = ACmix2d(6, 8, mix="convolution")
+    attention = ACmix2d(6, 8, mix="attention", backend="tiled")
+    convolution = ACmix2d(6, 8, mix="convolution", backend="tiled")
     assert {n for n, _ in attention.named_parameters()} == {
         "qkv_weight",
         "qkv_bias",
         "position_weight",
     }
     assert "position_weight" not in dict(convolution.named_parameters())
-    with monkeypatch.context() as patch:
-        patch.setattr(acmix_layer, "attend", refuse)
-        convolution(x)
-    with monkeypatch.context() as patch:
-        patch.setattr(acmix_layer.folded, "convolve", refuse)
+    with monkeypatch.context() as patch:  # to compute the path would raise
+        patch.setitem(acmix_layer.CONVOLUTION, "tiled", None)
         attention(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(acmix_layer.ATTENTION["tiled"], "forward", None)
+        convolution(x)
 
 
 def test_position_can_be_left_out() -> None:
@@ -443,12 +440,21 @@ def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) 
         ),
         (torch.ones(1, 8, 0, 5), ValueError, "x: expected a map of 1x1 or more"),
         ("image.png", TypeError, "x: expected a tensor, got str"),
+        (torch.ones(1, 8, 5, 5).half(), TypeError, "x: expected the dtype of parameters .*float32"),
+        (torch.ones(1, 8, 5, 5, device="meta"), ValueError, "x: expected the device of parameters"),
     ],
     ids=lambda value: "",
 )
 def test_wrong_inputs(x: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ACmix2d(8, 8)(x)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_backend_is_refused_before_any_work(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acmix_layer, "project", None)
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run here: "):
+        ACmix2d(8, 8, backend="triton", mix=mix)(torch.ones(1, 8, 5, 5))
 
 
 def test_forced_backend_gives_its_reason() -> None:

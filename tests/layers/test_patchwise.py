@@ -99,7 +99,7 @@ def convolution(layer: PatchwiseACmix, x: Tensor) -> Tensor:
     kernels = layer.shift.kernels(like=x)
     if kernels is None:
         kernels = shift_kernels(CHANNELS, layer.kernel_conv, dtype=x.dtype)
-    return shift_convolution(pieces, layer.fc_weight, kernels, form="reference")
+    return shift_convolution(pieces, layer.fc_weight, kernels, backend="reference")
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -59,7 +59,7 @@ def convolution(layer: ReducedACmix, x: Tensor, size: tuple[int, int]) -> Tensor
     if kernels is None:
         kernels = shift_kernels(layer.dim, layer.kernel_conv, dtype=x.dtype)
     eye = torch.eye(layer.kernel_conv**2, dtype=x.dtype)
-    out = shift_convolution(pieces, eye, kernels, form="reference")
+    out = shift_convolution(pieces, eye, kernels, backend="reference")
     return out.flatten(2).transpose(1, 2)
 
 

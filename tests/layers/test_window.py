@@ -79,7 +79,7 @@ def convolution(layer: WindowACmix, x: Tensor) -> Tensor:
     if kernels is None:
         kernels = shift_one_hot(layer).to(x.dtype)
     out = shift_convolution(
-        pieces, layer.fc_weight, kernels, fc_bias=layer.fc_bias, form="reference"
+        pieces, layer.fc_weight, kernels, fc_bias=layer.fc_bias, backend="reference"
     )
     return out.permute(0, 2, 3, 1)
 

@@ -41,18 +41,24 @@ def test_folded_is_the_reference(
 ) -> None:
     inputs = make_inputs(size, kernel)[: 4 if bias else 3]
 
-    def run(form: str):
+    def run(backend: str):
         def function(
             pieces: Tensor, fc: Tensor, shift: Tensor, fc_bias: Tensor | None = None
         ) -> Tensor:
             return shift_convolution(
-                pieces, fc, shift, fc_bias=fc_bias, stride=stride, dilation=dilation, form=form
+                pieces,
+                fc,
+                shift,
+                fc_bias=fc_bias,
+                stride=stride,
+                dilation=dilation,
+                backend=backend,
             )
 
         return function
 
     expected = outputs_and_gradients(run("reference"), inputs)
-    assert_all_close(outputs_and_gradients(run("folded"), inputs), expected, 1e-12)
+    assert_all_close(outputs_and_gradients(run("tiled"), inputs), expected, 1e-12)
 
 
 @CASES
@@ -106,7 +112,7 @@ def test_a_convolution_is_shifted_pieces() -> None:
         ({"shift_weight": torch.ones(8, 9, 3, 5)}, ValueError, "shift_weight: expected shape"),
         ({"shift_weight": torch.ones(7, 9, 3, 3)}, ValueError, "shift_weight: channels: expected"),
         ({"fc_bias": torch.ones(3)}, ValueError, r"fc_bias: expected shape \(9,\), got \(3,\)"),
-        ({"form": "fast"}, ValueError, "form: expected one of"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of"),
         ({"stride": 0}, ValueError, "stride: expected a positive int, got 0"),
         ({"fc_weight": torch.ones(9, 6).half()}, TypeError, "fc_weight: expected the dtype"),
     ],

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import acmix
 from acmix.ops import _native
-from acmix.ops.stage2 import native, reference, stage2
+from acmix.ops.stage2 import native, reference
 
 needs_kernel = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 OPERATOR = torch.ops.acmix.stage2
@@ -221,16 +221,6 @@ def test_flop_formulas() -> None:
         out.sum().backward()
     attention, convolution = (2 + 5) * 2 * 9, 3 * 2 * 12 * 9
     assert counter.get_total_flops() == (attention + convolution) * out.numel()
-
-
-def test_dispatch() -> None:
-    shape = (6, 7, 3, 1, 1)
-    inputs = [x.double() for x in make_inputs(shape)]
-    sizes = dict(zip(("window", "stride", "dilation"), shape[2:], strict=True))
-    out = stage2(*inputs, **sizes, backend="reference")
-    assert torch.equal(out, run(reference, shape)(*inputs))
-    with pytest.raises(ValueError, match=r"'native' cannot run here: .*float64"):
-        stage2(*inputs, **sizes, backend="native")
 
 
 @needs_kernel

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from acmix.layers.mix import MIXES, ConvexMix, LearnedMix, make_mix
 from acmix.layers.shift import SHIFT_INITS, SHIFTS, LearnedShift, make_shift
-from acmix.ops import _checks, stage2
-from acmix.ops._dispatch import BACKENDS
+from acmix.ops import _checks
+from acmix.ops._dispatch import BACKENDS, resolve
+from acmix.ops._library import autocast_dtype
+from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
-from acmix.ops.window_attention import attend
+from acmix.ops.stage2 import native as stage2
+from acmix.ops.window_attention import IMPLEMENTATIONS as ATTENTION
 
 
 class ACmix2d(nn.Module):
@@ -37,7 +40,8 @@ class ACmix2d(nn.Module):
         stride: step between outputs in pixels, for both paths.
         dilation: step between the taps of the window and of the kernel in pixels, for both paths.
         mix: "learned" (alpha and beta, both from 0.5), "convex" (alpha and 1 - alpha), "sum" (both
-            1), "attention" or "convolution" (that path alone; the other is not computed).
+            1), "attention" or "convolution" (that path alone; the other is not computed, has no
+            parameters, and its arguments have no effect).
         shift: "learned" (a kernel set for each output channel: the method), "learned_shared" (one
             set for all heads), "fixed" (one-hot kernels) or "tensor" (tensor shifts).
         shift_init: start of learned kernels, "shift" or "kaiming" (random, as `nn.Conv2d`).
@@ -86,6 +90,8 @@ class ACmix2d(nn.Module):
                 f"learned, got {shift_init!r}"
             )
         _checks.check_choice("backend", backend, BACKENDS)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.heads, self.head_dim = heads, out_channels // heads
         self.kernel_att, self.kernel_conv = kernel_att, kernel_conv
@@ -102,9 +108,10 @@ class ACmix2d(nn.Module):
         self.qkv_bias = parameter(3 * out_channels)
         self.mix = make_mix(mix, device, dtype)
         alpha, beta = self.mix.weights()
-        if alpha is not None:
+        self.has_attention, self.has_convolution = alpha is not None, beta is not None
+        if self.has_attention:
             self.position_weight = parameter(self.head_dim, 2) if position else None
-        if beta is not None:
+        if self.has_convolution:
             self.fc_weight = parameter(kernel_conv**2, 3 * heads)
             self.shift = make_shift(
                 shift, out_channels, heads, kernel_conv, shift_init, device, dtype
@@ -127,25 +134,28 @@ class ACmix2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         _checks.check_map("x", x, self.in_channels)
+        if autocast_dtype(x.device) is None:
+            _checks.check_same_kind(parameters=self.qkv_weight, x=x)
+        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight)
         alpha, beta = self.mix.weights()
         if beta is None:
-            return self._attention(*self._project_for_attention(x))
+            return self._attention(*self._project_for_attention(x), backend)
         fc_weight = beta * self.fc_weight
         kernels = self.shift.kernels(like=fc_weight)
-        if kernels is not None and self.backend != "reference" and prefers_dense(x):
+        if kernels is not None and backend != "reference" and prefers_dense(x):
             convolution = self._dense_convolution(x, fc_weight, kernels)
             if alpha is None:
                 return convolution
-            attention = self._attention(*self._project_for_attention(x))
+            attention = self._attention(*self._project_for_attention(x), backend)
         else:
             pieces = self._project(x)
-            if alpha is not None and kernels is not None and self._fuses(pieces, fc_weight):
+            if backend == "native" and alpha is not None and kernels is not None:
                 return self._stage2(pieces, fc_weight, kernels, alpha)
-            convolution = self._convolution(pieces, fc_weight, kernels)
+            convolution = self._convolution(pieces, fc_weight, kernels, backend)
             if alpha is None:
                 return convolution
             q, k, v = pieces.chunk(3, 1)
-            attention = self._attention(q[..., :: self.stride, :: self.stride], k, v)
+            attention = self._attention(q[..., :: self.stride, :: self.stride], k, v, backend)
         if isinstance(alpha, Tensor):
             return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
         return convolution + alpha * attention
@@ -168,21 +178,15 @@ class ACmix2d(nn.Module):
         heads_apart = (self.heads, self.head_dim)
         return q.unflatten(1, heads_apart), k.unflatten(1, heads_apart), v.unflatten(1, heads_apart)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         """Stage II, attention path: (B, C, Ho, Wo), head-major."""
-        out = attend(
-            q,
-            k,
-            v,
-            position=self.position_weight,
-            window=self.kernel_att,
-            stride=self.stride,
-            dilation=self.dilation,
-            backend=self.backend,
-        )
+        attend = ATTENTION[backend].forward
+        out = attend(q, k, v, self.position_weight, self.kernel_att, self.stride, self.dilation)
         return out.flatten(1, 2)
 
-    def _convolution(self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor | None) -> Tensor:
+    def _convolution(
+        self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor | None, backend: str
+    ) -> Tensor:
         """Stage II, convolution path from the pieces: (B, C, Ho, Wo), d-major.
 
         The channels of the two paths are added as they are, although one is head-major and the
@@ -192,28 +196,23 @@ class ACmix2d(nn.Module):
             return unfolded.forward_tensor_shifts(
                 pieces, fc_weight, self.heads, None, self.stride, self.dilation
             )
-        form = unfolded if self.backend == "reference" else folded
-        return form.forward(pieces, fc_weight, kernels, None, self.stride, self.dilation)
-
-    def _fuses(self, *tensors: Tensor) -> bool:
-        """Whether one kernel does all of Stage II for tensors like these."""
-        return self.backend in ("auto", "native") and stage2.native.why_not(*tensors) is None
+        convolve = CONVOLUTION[backend].forward
+        return convolve(pieces, fc_weight, kernels, None, self.stride, self.dilation)
 
     def _stage2(
         self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor, alpha: Tensor | float
     ) -> Tensor:
-        """Stage II, both paths and their mix: (B, C, Ho, Wo)."""
+        """Stage II, both paths and their mix in one native operator: (B, C, Ho, Wo)."""
         with folded.without_autocast(pieces):
             weight = folded.fold_fc(fc_weight, kernels)
-        return stage2.stage2(
+        return stage2.forward(
             pieces,
             self.position_weight,
             weight,
             alpha,
-            window=self.kernel_att,
-            stride=self.stride,
-            dilation=self.dilation,
-            backend="native",
+            self.kernel_att,
+            self.stride,
+            self.dilation,
         )
 
     def _dense_convolution(self, x: Tensor, fc_weight: Tensor, kernels: Tensor) -> Tensor:
@@ -225,11 +224,15 @@ class ACmix2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, heads={self.heads}, "
-            f"kernel_att={self.kernel_att}, kernel_conv={self.kernel_conv}, "
-            f"stride={self.stride}, dilation={self.dilation}, backend={self.backend!r}"
-        )
+        """The arguments of the paths that are there; mix and shift print themselves."""
+        shown = [f"{self.in_channels}, {self.out_channels}, heads={self.heads}"]
+        if self.has_attention:
+            position = self.position_weight is not None
+            shown.append(f"kernel_att={self.kernel_att}, position={position}")
+        if self.has_convolution:
+            shown.append(f"kernel_conv={self.kernel_conv}")
+        shown.append(f"stride={self.stride}, dilation={self.dilation}, backend={self.backend!r}")
+        return ", ".join(shown)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -244,7 +247,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def prefers_dense(x: Tensor) -> bool:
     """Whether the convolution path runs as one dense convolution of x, not of the pieces.
 
-    On a CPU the group convolution of the pieces costs 0.1 to 0.7 times the dense one (C = 512 to
-    64); cuDNN's costs 5 to 24 times as much. See docs/backends.md.
+    On a CPU the group convolution of the pieces costs 0.1 to 0.3 times the dense one (0.1 to 0.7
+    without our kernel); cuDNN's costs 5 to 24 times as much. See docs/backends.md.
     """
     return x.device.type != "cpu"

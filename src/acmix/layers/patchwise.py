@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from acmix.layers.mix import MIXES, Weight, make_mix
 from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
 from acmix.ops import _checks, weighted_aggregation
-from acmix.ops._dispatch import BACKENDS
+from acmix.ops._dispatch import BACKENDS, choose
 from acmix.ops._windows import pad_reflect, unit_coordinate
-from acmix.ops.shift_convolution import folded
+from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.shift_convolution import reference as unfolded
 
 
@@ -136,8 +136,8 @@ class PatchwiseACmix(nn.Module):
         pieces = pieces.unflatten(1, (2 + self.reduction, -1))
         if kernels is None:
             return unfolded.forward_tensor_shifts(pieces, fc_weight, self.reduction, None, 1, 1)
-        form = unfolded if self.backend == "reference" else folded
-        return form.forward(pieces, fc_weight, kernels, None, 1, 1)
+        convolve = choose(self.backend, CONVOLUTION, pieces).forward
+        return convolve(pieces, fc_weight, kernels, None, 1, 1)
 
     def extra_repr(self) -> str:
         return (

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from acmix.layers.mix import MIXES, Weight, make_mix
 from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
 from acmix.ops import _checks
-from acmix.ops.shift_convolution import folded
+from acmix.ops._dispatch import choose
+from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.shift_convolution import reference as unfolded
 
 
@@ -165,7 +166,8 @@ class ReducedACmix(nn.Module):
         if kernels is None:
             out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
         else:
-            out = folded.forward(pieces, fc_weight, kernels, None, 1, 1)
+            convolve = choose("auto", CONVOLUTION, pieces).forward
+            out = convolve(pieces, fc_weight, kernels, None, 1, 1)
         return out.flatten(2).transpose(1, 2)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,8 @@ from acmix.layers.acmix import prefers_dense
 from acmix.layers.mix import MIXES, Weight, make_mix
 from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
 from acmix.ops import _checks
+from acmix.ops._dispatch import choose
+from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
 
@@ -218,7 +220,8 @@ class WindowACmix(nn.Module):
         if kernels is None:
             out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, fc_bias, 1, 1)
         else:
-            out = folded.forward(pieces, fc_weight, kernels, fc_bias, 1, 1)
+            convolve = choose("auto", CONVOLUTION, pieces).forward
+            out = convolve(pieces, fc_weight, kernels, fc_bias, 1, 1)
         return out.permute(0, 2, 3, 1)
 
     @torch.no_grad()

@@ -34,22 +34,23 @@ def backends() -> dict[str, str | None]:
     }
 
 
-def choose(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> ModuleType:
-    """The implementation that `backend` names for tensors like these.
+def resolve(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str:
+    """The name of the implementation that `backend` means for tensors like these.
 
     Raises ValueError for an unknown backend, and for a forced one that cannot run here.
     """
     if backend == "auto":
-        return next(
-            implementations[name]
-            for name in AUTO
-            if _why_not(name, implementations, *tensors) is None
-        )
+        return next(name for name in AUTO if _why_not(name, implementations, *tensors) is None)
     check_choice("backend", backend, BACKENDS)
     reason = _why_not(backend, implementations, *tensors)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
-    return implementations[backend]
+    return backend
+
+
+def choose(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> ModuleType:
+    """The implementation that `resolve` names."""
+    return implementations[resolve(backend, implementations, *tensors)]
 
 
 def _why_not(name: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str | None:

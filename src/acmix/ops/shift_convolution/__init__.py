@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from acmix.ops import _checks
-from acmix.ops.shift_convolution import folded, reference
+from acmix.ops._dispatch import choose
+from acmix.ops.shift_convolution import folded, native, reference
 
-IMPLEMENTATIONS = {"reference": reference, "folded": folded}
+# The folded form is the portable one, which the other operators call tiled.
+IMPLEMENTATIONS = {"reference": reference, "tiled": folded, "native": native}
 
 
 def shift_convolution(
@@ -19,7 +21,7 @@ def shift_convolution(
     fc_bias: Tensor | None = None,
     stride: int = 1,
     dilation: int = 1,
-    form: str = "folded",
+    backend: str = "auto",
 ) -> Tensor:
     """Convolution path of ACmix: channel c of every piece is mixed by `fc`, shifted and summed.
 
@@ -33,19 +35,20 @@ def shift_convolution(
         shift_weight: (d * M, k^2, k, k), k odd; `shift_kernels` gives the pure shifts.
         fc_bias: (k^2), or None.
         stride, dilation: of the group convolution, in pixels; padding is dilation * (k // 2).
-        form: "folded" does both steps as one group convolution, exactly and cheaper; "reference"
-            does them one after the other.
+        backend: "auto", "reference" (the two steps one after the other), "tiled" (folded into one
+            group convolution, exactly and cheaper), "native" (the same by the CPU kernel) or
+            "triton"; see `acmix.ops.backends`.
 
     Returns:
         (B, d * M, ceil(H / stride), ceil(W / stride)), d-major: channel c * M + m.
 
     Raises:
-        ValueError: for a wrong rank, shape, stride, dilation or form.
+        ValueError: for a wrong rank, shape, stride, dilation or backend, and for a forced backend
+            that cannot run here.
         TypeError: for integer or complex tensors and mixed dtypes.
     """
     _checks.check_positive("stride", stride)
     _checks.check_positive("dilation", dilation)
-    _checks.check_choice("form", form, tuple(IMPLEMENTATIONS))
     _checks.check_dtype("pieces", pieces)
     if pieces.dim() != 5:
         raise ValueError(
@@ -69,7 +72,8 @@ def shift_convolution(
         _checks.check_shape("fc_bias", fc_bias, (side * side,))
         same["fc_bias"] = fc_bias
     _checks.check_same_kind(**same)
-    return IMPLEMENTATIONS[form].forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
+    implementation = choose(backend, IMPLEMENTATIONS, pieces, fc_weight, shift_weight)
+    return implementation.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
 def shift_kernels(
