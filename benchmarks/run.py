@@ -41,7 +41,7 @@ SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
 BATCH, HEADS, WINDOW = 4, 4, 7
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 CONVOLUTION = "conv3x3"
-SLOW = ("reference",)  # these are given fewer turns
+SLOW = ("reference",)  # one turn after the warm-up is enough for what takes seconds
 
 Run = Callable[[], object]
 
@@ -155,17 +155,16 @@ def check() -> None:
 
 
 def measure(cases: list[Case], seconds: float, what: str) -> None:
-    """Give the cases turns until each had its share of `seconds` (at least three turns)."""
+    """Give the fast cases turns for about `seconds`, three at least."""
     for case in track(cases, description=f"{what}: warming up", transient=True):
-        case.function()
         case.function()
     for case in track(cases, description=f"{what}: timing", transient=True):
         turns_of(case)  # a first estimate
-    rounds = max(3, int(seconds / sum(min(case.times) for case in cases)))
-    for turn in track(range(rounds), description=f"{what}: {rounds} turns", transient=True):
-        for case in cases:
-            if case.backend not in SLOW or turn < 3:
-                turns_of(case)
+    fast = [case for case in cases if case.backend not in SLOW]
+    rounds = max(3, int(seconds / sum(min(case.times) for case in fast)))
+    for _ in track(range(rounds), description=f"{what}: {rounds} turns", transient=True):
+        for case in fast:
+            turns_of(case)
 
 
 def turns_of(case: Case) -> None:
@@ -362,7 +361,7 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=12, help="timing per shape and threads")
+    parser.add_argument("--seconds", type=float, default=8, help="timing per shape and threads")
     parser.add_argument("--networks", action="store_true", help="time whole networks as well")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
