@@ -510,10 +510,11 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACMIX_")}
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q"]
     return subprocess.run(
         [*command, "-w", str(folder), str(source)],
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,7 +16,7 @@ def reflect(index: Tensor, size: int) -> Tensor:
 
     A position further out than the map is wide is reflected again; a side of 1 repeats its row.
     """
-    period = torch.sym_max(2 * (size - 1), 1)
+    period = 2 * (size - 1) + 1 // size  # 1 for a side of 1, without a branch on a symbolic size
     index = index.abs().remainder(period)
     return torch.where(index < size, index, period - index)
 
@@ -40,7 +40,7 @@ def pad_reflect(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tens
 def unit_coordinate(size: int, like: Tensor) -> Tensor:
     """linspace(-1, 1, size), written out because torch.linspace fixes the size under export."""
     steps = torch.arange(size, device=like.device, dtype=like.dtype)
-    return steps.mul(2 / torch.sym_max(size - 1, 1)).sub(1)
+    return steps.mul(2 / (size - 1 + 1 // size)).sub(1)
 
 
 def position_map(position: Tensor, like: Tensor) -> Tensor:
