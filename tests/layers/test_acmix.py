@@ -275,8 +275,6 @@ def test_compile_with_dynamic_sizes(backend: str) -> None:
         for batch, height, width in sizes:
             x = torch.randn(batch, 6, height, width)
             torch.testing.assert_close(compiled(x), layer(x))
-    if torch.__version__ < (2, 8):
-        pytest.skip("before 2.8 torch.compile fails on the backward pass of dynamic sizes")
     check_compiled(layer, compiled, sizes)
 
 
