@@ -60,6 +60,14 @@ def test_every_operator_has_a_reference_and_tests() -> None:
         assert (ROOT / f"tests/ops/test_{folder.name}.py").exists(), folder.name
 
 
+def test_every_public_operator_has_a_benchmark_case() -> None:
+    cases = (ROOT / "benchmarks/run.py").read_text()
+    operators = [name for name in ops.__all__ if (ROOT / "src/acmix/ops" / name).is_dir()]
+    assert len(operators) >= 3
+    for name in operators:
+        assert f'"{name}"' in cases, name
+
+
 def test_readme_shows_commands_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = re.findall(r"^ {4}make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
