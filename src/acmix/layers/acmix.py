@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers.mix import MIXES, ConvexMix, LearnedMix, make_mix
-from acmix.layers.shift import SHIFT_INITS, SHIFTS, LearnedShift, make_shift
+from acmix.layers.shift import LearnedShift, check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import BACKENDS, resolve
 from acmix.ops._library import autocast_dtype
@@ -82,13 +82,7 @@ class ACmix2d(nn.Module):
         _checks.check_positive("stride", stride)
         _checks.check_positive("dilation", dilation)
         _checks.check_choice("mix", mix, MIXES)
-        _checks.check_choice("shift", shift, SHIFTS)
-        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
-        if shift_init != "shift" and not shift.startswith("learned"):
-            raise ValueError(
-                f"shift_init: expected 'shift' with shift={shift!r}, whose kernels are not "
-                f"learned, got {shift_init!r}"
-            )
+        check_shift(shift, shift_init)
         _checks.check_choice("backend", backend, BACKENDS)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")

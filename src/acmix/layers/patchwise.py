@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers.mix import MIXES, Weight, make_mix
-from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks, weighted_aggregation
 from acmix.ops._dispatch import BACKENDS, choose
 from acmix.ops._windows import pad_reflect, unit_coordinate
@@ -66,8 +66,7 @@ class PatchwiseACmix(nn.Module):
         check_attention(in_channels, out_channels, kernel_att, reduction, share_planes, backend)
         _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        _checks.check_choice("shift", shift, SHIFTS)
-        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        check_shift(shift, shift_init)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_att, self.kernel_conv = kernel_att, kernel_conv
         self.reduction, self.share_planes = reduction, share_planes

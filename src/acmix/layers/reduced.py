@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers.mix import MIXES, Weight, make_mix
-from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
@@ -65,8 +65,7 @@ class ReducedACmix(nn.Module):
         _checks.check_positive("reduction", reduction)
         _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        _checks.check_choice("shift", shift, SHIFTS)
-        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        check_shift(shift, shift_init)
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.reduction, self.kernel_conv = reduction, kernel_conv
         self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from acmix.ops import _checks
 from acmix.ops.shift_convolution import shift_kernels
 
 
@@ -78,6 +79,16 @@ class LearnedShift(nn.Module):
 
 SHIFTS = ("learned", "learned_shared", "fixed", "tensor")
 SHIFT_INITS = ("shift", "kaiming")
+
+
+def check_shift(shift: str, init: str) -> None:
+    _checks.check_choice("shift", shift, SHIFTS)
+    _checks.check_choice("shift_init", init, SHIFT_INITS)
+    if init != "shift" and not shift.startswith("learned"):
+        raise ValueError(
+            f"shift_init: expected 'shift' with shift={shift!r}, whose kernels are not learned, "
+            f"got {init!r}"
+        )
 
 
 def make_shift(

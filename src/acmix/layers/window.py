@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from acmix.layers.acmix import prefers_dense
 from acmix.layers.mix import MIXES, Weight, make_mix
-from acmix.layers.shift import SHIFT_INITS, SHIFTS, make_shift
+from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
@@ -72,8 +72,7 @@ class WindowACmix(nn.Module):
         _checks.check_divisible("dim", dim, "heads", heads)
         _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        _checks.check_choice("shift", shift, SHIFTS)
-        _checks.check_choice("shift_init", shift_init, SHIFT_INITS)
+        check_shift(shift, shift_init)
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.window_size, self.shift_size = check_windows(window_size, shift_size)
         self.kernel_conv, self.roll_convolution = kernel_conv, roll_convolution

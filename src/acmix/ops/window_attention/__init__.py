@@ -72,28 +72,6 @@ def window_attention(
     if position is not None:
         _checks.check_shape("position", position, (channels // heads, 2))
         _checks.check_device("position", position, "k", k)
-    out = attend(
-        *(x.unflatten(1, (heads, channels // heads)) for x in (q, k, v)),
-        position=position,
-        window=window,
-        stride=stride,
-        dilation=dilation,
-        backend=backend,
-    )
-    return out.flatten(1, 2)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-    backend: str,
-) -> Tensor:
-    """`window_attention` on checked tensors with heads apart, (B, N, d, H, W) of any strides."""
+    q, k, v = (x.unflatten(1, (heads, channels // heads)) for x in (q, k, v))
     implementation = choose(backend, IMPLEMENTATIONS, q, k, v)
-    return implementation.forward(q, k, v, position, window, stride, dilation)
+    return implementation.forward(q, k, v, position, window, stride, dilation).flatten(1, 2)
