@@ -461,3 +461,27 @@ def test_forced_backend_gives_its_reason() -> None:
             with pytest.raises(ValueError, match=f"backend: '{name}' cannot run here: ") as raised:
                 ACmix2d(8, 8, backend=name)(torch.ones(1, 8, 5, 5))
             assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(3, 5), (33, 32)], ids=str)
+def test_every_way_to_project(
+    threads: int, memory_format: torch.memory_format, size: tuple[int, int]
+) -> None:
+    """A linear, a 1x1 convolution or a batched product, by layout, threads and size."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, *size, dtype=torch.float64).to(memory_format=memory_format)
+    weight, bias = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def expected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.einsum("oi,bihw->bohw", weight, x) + bias[:, None, None]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = outputs_and_gradients(acmix_layer.project, (x, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    wanted = outputs_and_gradients(expected, (x, weight, bias))
+    assert_all_close(got, wanted, TOLERANCE[torch.float64])

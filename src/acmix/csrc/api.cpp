@@ -79,7 +79,8 @@ bool sane(const Problem& p) {
 // The tables behind a geometry.
 struct Tables {
   std::vector<int64_t> tap_offset;
-  std::vector<int32_t> key_column;
+  std::vector<ColumnPhase> phases;
+  std::vector<Edge> edges;
 };
 
 // Reflection repeats after 2 (size - 1) rows, so a larger dilation equals its remainder.
@@ -87,10 +88,15 @@ int64_t reduced(int64_t dilation, int64_t size) {
   return size == 1 ? 0 : dilation % (2 * (size - 1));
 }
 
-int32_t reflect(int64_t i, int64_t size) {
+int64_t reflect(int64_t i, int64_t size) {
   const int64_t period = size > 1 ? 2 * (size - 1) : 1;
   const int64_t phase = (i % period + period) % period;
-  return static_cast<int32_t>(phase < size ? phase : period - phase);
+  return phase < size ? phase : period - phase;
+}
+
+// The place in a key row of a column that counts from the first reflected one.
+int64_t key_place(const Geometry& g, int64_t padded) {
+  return padded % g.column_stride * g.phase_pitch + padded / g.column_stride;
 }
 
 void fill_columns(Geometry& g, Tables& tables) {
@@ -105,14 +111,17 @@ void fill_columns(Geometry& g, Tables& tables) {
   g.query_pitch = spread(g.query_margin + round_up(phase_width, 16));
   g.unit_taps = true;
   for (int64_t b = 0; b < g.window; b++) {
-    const int64_t column = b * g.column_dilation;
-    tables.tap_offset.push_back(column % g.column_stride * g.phase_pitch + column / g.column_stride);
+    tables.tap_offset.push_back(key_place(g, b * g.column_dilation));
     g.unit_taps = g.unit_taps && tables.tap_offset.back() == b;
   }
-  for (int64_t n = 0; n < g.key_pitch; n++) {
-    const int64_t column = n / g.phase_pitch + n % g.phase_pitch * g.column_stride;
-    const bool inside = n / g.phase_pitch < g.column_stride && column < g.padded_width;
-    tables.key_column.push_back(inside ? reflect(column - g.column_pad, g.width) : -1);
+  for (int64_t p = 0; p < g.column_stride; p++) {
+    const int64_t column = (p - g.column_pad % g.column_stride + g.column_stride) % g.column_stride;
+    tables.phases.push_back({column, key_place(g, column + g.column_pad)});
+  }
+  for (int64_t padded = 0; padded < g.padded_width; padded++) {
+    const int64_t column = padded - g.column_pad, source = reflect(column, g.width);
+    if (source == column) continue;
+    tables.edges.push_back({key_place(g, padded), key_place(g, source + g.column_pad)});
   }
 }
 
@@ -146,7 +155,9 @@ Geometry make_geometry(const Problem& p, int64_t group, Tables& tables) {
   g.padded_width = g.width + 2 * g.column_pad;
   fill_columns(g, tables);
   g.tap_offset = tables.tap_offset.data();
-  g.key_column = tables.key_column.data();
+  g.phase = tables.phases.data();
+  g.edge = tables.edges.data();
+  g.edges = static_cast<int64_t>(tables.edges.size());
   const int64_t reach = 2 * g.radius * g.row_dilation;
   const int64_t key_rows = reach + (kBand - 1) * g.row_stride + 1;
   const int64_t query_rows = (reach + kBand - 1) / g.row_stride + 2 + kBand;
@@ -182,10 +193,6 @@ bool fits(const Tensor& t, int64_t batch, int64_t heads, int64_t channels, int64
   return batch == 0 || (t.data && last < t.extent);
 }
 
-struct Locations {
-  std::vector<float> column, row;
-};
-
 // linspace(-1, 1, size), as the reference takes it: from both ends to the middle.
 std::vector<float> location(int64_t size) {
   std::vector<float> at(static_cast<size_t>(size), -1.0f);
@@ -194,6 +201,17 @@ std::vector<float> location(int64_t size) {
     const bool first_half = i < size / 2 || size == 1;
     at[static_cast<size_t>(i)] = first_half ? -1.0f + step * static_cast<float>(i)
                                             : 1.0f - step * static_cast<float>(size - 1 - i);
+  }
+  return at;
+}
+
+// The position of every place of a key row, 0 where there is no column.
+std::vector<float> key_location(const Geometry& g) {
+  const std::vector<float> columns = location(g.width);
+  std::vector<float> at(static_cast<size_t>(g.key_pitch), 0.0f);
+  for (int64_t padded = 0; padded < g.padded_width; padded++) {
+    at[static_cast<size_t>(key_place(g, padded))] =
+        columns[static_cast<size_t>(reflect(padded - g.column_pad, g.width))];
   }
   return at;
 }
@@ -251,10 +269,10 @@ int attention_forward(const Problem& p, const Tensor& q, const Tensor& k, const 
   job.key = k;
   job.value = v;
   job.out = out;
-  const Locations at{location(p.width), location(p.height)};
+  const std::vector<float> columns = key_location(job.g), rows = location(p.height);
   job.position = position;
-  job.column_location = at.column.data();
-  job.row_location = at.row.data();
+  job.column_location = columns.data();
+  job.row_location = rows.data();
   job.lse = lse;
   job.alpha = alpha;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
@@ -270,9 +288,9 @@ int attention_backward(const Problem& p, Attention job, int64_t threads, float* 
                                        &job.grad_query, &job.grad_key, &job.grad_value}),
                         tables);
   set_chunks(job.g, job.g.height, threads);
-  const Locations at{location(p.width), location(p.height)};
-  job.column_location = at.column.data();
-  job.row_location = at.row.data();
+  const std::vector<float> columns = key_location(job.g), rows = location(p.height);
+  job.column_location = columns.data();
+  job.row_location = rows.data();
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
   std::vector<float> by_row;
   if (grad_position) {

@@ -30,6 +30,16 @@ struct ShiftProblem {
 // At most this many rows share one load of a neighbour's row.
 constexpr int kBand = 3;
 
+// The columns of one phase of the stride: from which on, and where the first is in a key row.
+struct ColumnPhase {
+  int64_t column, place;
+};
+
+// A reflected column: its place in a key row, and that of the column it reflects.
+struct Edge {
+  int64_t to, from;
+};
+
 // Rows of queries and keys live in scratch as float32 [channel][column].
 // A key row holds its reflected columns too, split by column modulo the stride ("phase"), so that the
 // neighbours of consecutive queries are consecutive: tap b of query j is at tap_offset[b] + j.
@@ -42,7 +52,9 @@ struct Geometry {
   int64_t key_ring, query_ring;
   int64_t head_group, groups, row_chunk, chunks;
   const int64_t* tap_offset;   // [window]
-  const int32_t* key_column;   // [key_pitch]: image column, -1 where there is none
+  const ColumnPhase* phase;    // [column_stride]
+  const Edge* edge;            // [edges]
+  int64_t edges;
   bool unit_taps;              // tap_offset[b] == b
 };
 
@@ -51,8 +63,8 @@ struct Attention {
   Tensor query, key, value, out;
   Tensor grad_out, grad_query, grad_key, grad_value;
   const float* position;  // [channels][2] or null
-  const float* column_location;
-  const float* row_location;
+  const float* column_location;  // [key_pitch]
+  const float* row_location;     // [height]
   float* lse;                    // [batch][heads][out_height][out_width], base 2
   float* grad_position_by_row;   // [batch][heads][height][channels][2] or null
   float* grad_alpha_by_row;      // [batch][heads][out_height] or null

@@ -110,72 +110,66 @@ Ring make_ring(Scratch& scratch, int64_t slots, int64_t heads, int64_t channels,
           channels * pitch, pitch};
 }
 
-// Key rows: the image's columns first, then the reflected ones around them.
+// Key rows, staged up to a row of the image.
 struct KeyRows {
   Ring ring;
-  float* image;  // rows before they are split by phase, for stride > 1
   int64_t staged;
 
   KeyRows(Scratch& scratch, const Geometry& g)
-      : ring(make_ring(scratch, g.key_ring, g.head_group, g.channels, g.key_pitch)),
-        image(g.column_stride > 1 ? scratch.floats(g.head_group * g.channels * g.width) : nullptr),
-        staged(0) {}
-
-  Rows image_rows(const Geometry& g, int64_t y) const {
-    if (g.column_stride == 1) return ring.rows(y, g.column_pad);
-    return {image, g.channels * g.width, g.width};
-  }
+      : ring(make_ring(scratch, g.key_ring, g.head_group, g.channels, g.key_pitch)), staged(0) {}
 };
 
-void reflect_columns(const Geometry& g, const float* image, float* row) {
-  if (g.column_stride > 1) {
-    for (int64_t n = 0; n < g.key_pitch; n++) {
-      row[n] = g.key_column[n] < 0 ? 0.0f : image[g.key_column[n]];
+// Calls body(row, head, channel) for the rows of some heads.
+template <class Body>
+void for_rows(const Geometry& g, int64_t heads, Rows rows, const Body& body) {
+  for (int64_t n = 0; n < heads; n++) {
+    for (int64_t c = 0; c < g.channels; c++) {
+      body(rows.data + n * rows.head_pitch + c * rows.channel_pitch, n, c);
     }
-    return;
   }
-  for (int64_t n = 0; n < g.column_pad; n++) row[n] = image[g.key_column[n]];
-  for (int64_t n = g.column_pad + g.width; n < g.padded_width; n++) {
-    row[n] = image[g.key_column[n]];
+}
+
+// Calls body(columns, places) with the columns of a tensor that are of one phase, and the places of
+// key rows where they belong.
+template <class Body>
+void for_phases(const Geometry& g, const Tensor& t, Rows rows, const Body& body) {
+  for (int64_t p = 0; p < g.column_stride; p++) {
+    body(every(t, 4, g.phase[p].column, g.column_stride),
+         {rows.data + g.phase[p].place, rows.head_pitch, rows.channel_pitch});
   }
 }
 
 // k - W_p loc
 void subtract_position(const Attention& job, int64_t heads, int64_t y, Rows rows) {
-  for (int64_t c = 0; c < job.g.channels; c++) {
-    const float by_row = job.position[2 * c + 1] * job.row_location[y];
-    for (int64_t n = 0; n < heads; n++) {
-      float* row = rows.data + n * rows.head_pitch + c * rows.channel_pitch;
-      for (int64_t x = 0; x < job.g.width; x++) {
-        row[x] -= job.position[2 * c] * job.column_location[x] + by_row;
-      }
+  for_rows(job.g, heads, rows, [&](float* row, int64_t, int64_t c) {
+    const Float<kHalf> slope = splat<kHalf>(job.position[2 * c]);
+    const Float<kHalf> by_row = splat<kHalf>(job.position[2 * c + 1] * job.row_location[y]);
+    for (int64_t x = 0; x < job.g.key_pitch; x += kHalf) {
+      store<kHalf>(row + x, load<kHalf>(row + x) -
+                                (slope * load<kHalf>(job.column_location + x) + by_row));
     }
-  }
+  });
 }
 
 // Rows up to `last`; `position` is null for values.
 void stage_keys(const Geometry& g, const Tensor& tensor, const Attention* position,
                 const Task& task, int64_t last, KeyRows& keys) {
   for (; keys.staged <= last; keys.staged++) {
-    const Rows image = keys.image_rows(g, keys.staged);
-    load_rows(tensor, task.batch, task.head, task.heads, keys.staged, image);
-    if (position) subtract_position(*position, task.heads, keys.staged, image);
-    for (int64_t n = 0; n < task.heads; n++) {
-      for (int64_t c = 0; c < g.channels; c++) {
-        reflect_columns(g, image.data + n * image.head_pitch + c * image.channel_pitch,
-                        keys.ring.at(n, keys.staged) + c * g.key_pitch);
-      }
-    }
+    const Rows rows = keys.ring.rows(keys.staged, 0);
+    for_phases(g, tensor, rows, [&](const Tensor& columns, Rows places) {
+      load_rows(columns, task.batch, task.head, task.heads, keys.staged, places);
+    });
+    for_rows(g, task.heads, rows, [&](float* row, int64_t, int64_t) {
+      for (int64_t i = 0; i < g.edges; i++) row[g.edge[i].to] = row[g.edge[i].from];
+    });
+    if (position) subtract_position(*position, task.heads, keys.staged, rows);
   }
 }
 
 void scale_rows(const Geometry& g, int64_t heads, float factor, int64_t width, Rows rows) {
-  for (int64_t n = 0; n < heads; n++) {
-    for (int64_t c = 0; c < g.channels; c++) {
-      float* row = rows.data + n * rows.head_pitch + c * rows.channel_pitch;
-      for (int64_t x = 0; x < width; x++) row[x] *= factor;
-    }
-  }
+  for_rows(g, heads, rows, [&](float* row, int64_t, int64_t) {
+    for (int64_t x = 0; x < width; x++) row[x] *= factor;
+  });
 }
 
 int64_t last_key_row(const Geometry& g, int64_t last_query) {
@@ -368,14 +362,12 @@ void attention_forward(const Attention& job, int64_t index, float* memory) {
 // Gradients of keys, values: each gathers from the queries whose windows hold it.
 
 struct KeyGradient {
-  Ring sums;           // one band of key rows
-  float* image;        // folded rows, for stride > 1
+  Ring sums;  // one band of key rows
   Share* shares;
   int64_t *tap, *weight_offset, *first_of_phase;
 
   KeyGradient(Scratch& s, const Geometry& g)
       : sums(make_ring(s, kBand, g.head_group, g.channels, g.key_pitch)),
-        image(g.column_stride > 1 ? s.floats(g.head_group * g.channels * g.width) : nullptr),
         shares(s.array<Share>((g.query_ring + 1) * g.window)),
         tap(s.array<int64_t>(g.window)),
         weight_offset(s.array<int64_t>(g.window)),
@@ -426,28 +418,25 @@ struct Gather {
   }
 };
 
-// A row with its reflected columns added to those that they reflect, times `factor`.
+// A row of sums times `factor`, its reflected columns added to those that they reflect and zeros
+// left where they were.
 Rows fold_columns(const Geometry& g, const KeyGradient& k, int64_t heads, int64_t row,
                   float factor) {
-  const bool split = g.column_stride > 1;
-  const Rows image = split ? Rows{k.image, g.channels * g.width, g.width}
-                           : k.sums.rows(row, g.column_pad);
-  if (split) clear(k.image, heads * image.head_pitch);
-  for (int64_t n = 0; n < heads; n++) {
-    for (int64_t c = 0; c < g.channels; c++) {
-      const float* sums = k.sums.at(n, row) + c * g.key_pitch;
-      float* to = image.data + n * image.head_pitch + c * image.channel_pitch;
-      for (int64_t i = 0; split && i < g.key_pitch; i++) {
-        if (g.key_column[i] >= 0) to[g.key_column[i]] += sums[i];
-      }
-      for (int64_t i = 0; !split && i < g.column_pad; i++) to[g.key_column[i]] += sums[i];
-      for (int64_t i = g.column_pad + g.width; !split && i < g.padded_width; i++) {
-        to[g.key_column[i]] += sums[i];
-      }
+  const Rows rows = k.sums.rows(row, 0);
+  for_rows(g, heads, rows, [&](float* sums, int64_t, int64_t) {
+    for (int64_t i = 0; i < g.edges; i++) {
+      sums[g.edge[i].from] += sums[g.edge[i].to];
+      sums[g.edge[i].to] = 0.0f;
     }
-  }
-  scale_rows(g, heads, factor, g.width, image);
-  return image;
+  });
+  scale_rows(g, heads, factor, g.key_pitch, rows);
+  return rows;
+}
+
+void store_keys(const Geometry& g, const Tensor& tensor, const Task& task, int64_t y, Rows rows) {
+  for_phases(g, tensor, rows, [&](const Tensor& columns, Rows places) {
+    store_rows(columns, task.batch, task.head, task.heads, y, places);
+  });
 }
 
 // The sums over a band's query rows, [begin, begin + rows) being key rows.
@@ -628,22 +617,29 @@ void query_band(const Attention& job, const Task& task, BackwardScratch& s, int6
   }
 }
 
+template <int N>
+float lane_sum(Float<N> v) {
+  float lane[N], sum = 0.0f;
+  store<N>(lane, v);
+  for (float x : lane) sum += x;
+  return sum;
+}
+
+// Of a folded row, which is zero where there is no column.
 void position_gradient(const Attention& job, const Task& task, int64_t y, Rows rows) {
   const Geometry& g = job.g;
-  for (int64_t n = 0; n < task.heads; n++) {
-    const int64_t plane = (task.batch * g.heads + task.head + n) * g.height + y;
-    float* sums = job.grad_position_by_row + plane * g.channels * 2;
-    for (int64_t c = 0; c < g.channels; c++) {
-      const float* row = rows.data + n * rows.head_pitch + c * rows.channel_pitch;
-      float by_column = 0.0f, by_row = 0.0f;
-      for (int64_t x = 0; x < g.width; x++) {
-        by_column -= row[x] * job.column_location[x];
-        by_row -= row[x];
-      }
-      sums[2 * c] = by_column;
-      sums[2 * c + 1] = by_row * job.row_location[y];
+  for_rows(g, task.heads, rows, [&](const float* row, int64_t n, int64_t c) {
+    Float<kHalf> by_column = splat<kHalf>(0.0f), by_row = by_column;
+    for (int64_t x = 0; x < g.key_pitch; x += kHalf) {
+      const Float<kHalf> v = load<kHalf>(row + x);
+      by_column -= v * load<kHalf>(job.column_location + x);
+      by_row -= v;
     }
-  }
+    const int64_t plane = (task.batch * g.heads + task.head + n) * g.height + y;
+    float* sums = job.grad_position_by_row + (plane * g.channels + c) * 2;
+    sums[0] = lane_sum<kHalf>(by_column);
+    sums[1] = lane_sum<kHalf>(by_row) * job.row_location[y];
+  });
 }
 
 void key_band(const Attention& job, const Task& task, const BackwardScratch& s, int64_t begin,
@@ -654,13 +650,13 @@ void key_band(const Attention& job, const Task& task, const BackwardScratch& s, 
                     s.gradient.shares);
   gather_keys(g, task, s.gradient, count, s.grad_logits, s.queries);
   for (int64_t r = 0; r < rows; r++) {
-    const Rows image = fold_columns(g, s.gradient, task.heads, r, job.alpha * kLn2);
-    if (job.grad_position_by_row) position_gradient(job, task, begin + r, image);
-    store_rows(job.grad_key, task.batch, task.head, task.heads, begin + r, image);
+    const Rows sums = fold_columns(g, s.gradient, task.heads, r, job.alpha * kLn2);
+    if (job.grad_position_by_row) position_gradient(job, task, begin + r, sums);
+    store_keys(g, job.grad_key, task, begin + r, sums);
   }
   gather_keys(g, task, s.gradient, count, s.probabilities, s.grad_outs);
   for (int64_t r = 0; r < rows; r++) {
-    store_rows(job.grad_value, task.batch, task.head, task.heads, begin + r,
+    store_keys(g, job.grad_value, task, begin + r,
                fold_columns(g, s.gradient, task.heads, r, job.alpha));
   }
 }
@@ -825,7 +821,7 @@ void aggregation_backward(const Aggregation& job, int64_t index, float* memory) 
                                           s.gradient.shares);
       gather_keys(g, task, s.gradient, count, s.weights, s.grad_outs);
       for (int64_t r = 0; r < key_rows; r++) {
-        store_rows(job.grad_value, task.batch, task.head, task.heads, key + r,
+        store_keys(g, job.grad_value, task, key + r,
                    fold_columns(g, s.gradient, task.heads, r, 1.0f));
       }
       key += key_rows;

@@ -18,6 +18,15 @@ struct Rows {
   int64_t head_pitch, channel_pitch;
 };
 
+// Every `step`-th row (dimension 3) or column (4) of a tensor, from the `first` on.
+Tensor every(Tensor t, int dimension, int64_t first, int64_t step) {
+  const int64_t size = t.dtype == acmix::kFloat32 ? 4 : 2;
+  t.data = static_cast<char*>(t.data) + first * t.stride[dimension] * size;
+  t.size[dimension] = (t.size[dimension] - first + step - 1) / step;
+  t.stride[dimension] *= step;
+  return t;
+}
+
 template <class T>
 const T* row_start(const Tensor& t, int64_t batch, int64_t head, int64_t y) {
   return static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] +
@@ -62,14 +71,16 @@ void store_run(const float* from, T* to, int64_t count) {
   }
 }
 
-// `planes` values side by side at each of `count` pixels, into one row a plane, in 4 x 4 blocks.
+// `planes` values side by side at each of `count` pixels, into one row a plane, in 4 x 4 blocks; the
+// last pixels' block overlaps the one before.
 template <class T>
 void load_interleaved(const T* from, int64_t pixel_stride, int64_t planes, float* to,
                       int64_t pitch, int64_t count, int64_t ahead) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t p = 0; p < planes; p += 4) {
-    int64_t x = 0;
-    for (; p + 4 <= planes && x + 4 <= count; x += 4) {
+  const int64_t whole = count < 4 ? 0 : planes / 4 * 4;
+  for (int64_t p = 0; p < whole; p += 4) {
+    for (int64_t next = 0; next < count; next += 4) {
+      const int64_t x = next + 4 > count ? count - 4 : next;
       Float<4> v[4];
       for (int i = 0; p % line == 0 && i < 4; i++) {
         prefetch(from + ahead + (x + i) * pixel_stride + p);
@@ -78,30 +89,27 @@ void load_interleaved(const T* from, int64_t pixel_stride, int64_t planes, float
       transpose(v);
       for (int i = 0; i < 4; i++) store<4>(to + (p + i) * pitch + x, v[i]);
     }
-    for (; x < count; x++) {
-      for (int64_t i = p; i < planes && i < p + 4; i++) {
-        to[i * pitch + x] = to_float(from[x * pixel_stride + i]);
-      }
-    }
+  }
+  for (int64_t x = 0; x < count; x++) {
+    for (int64_t p = whole; p < planes; p++) to[p * pitch + x] = to_float(from[x * pixel_stride + p]);
   }
 }
 
 template <class T>
 void store_interleaved(const float* from, int64_t pitch, T* to, int64_t pixel_stride,
                        int64_t planes, int64_t count) {
-  for (int64_t p = 0; p < planes; p += 4) {
-    int64_t x = 0;
-    for (; p + 4 <= planes && x + 4 <= count; x += 4) {
+  const int64_t whole = count < 4 ? 0 : planes / 4 * 4;
+  for (int64_t p = 0; p < whole; p += 4) {
+    for (int64_t next = 0; next < count; next += 4) {
+      const int64_t x = next + 4 > count ? count - 4 : next;
       Float<4> v[4];
       for (int i = 0; i < 4; i++) v[i] = load<4>(from + (p + i) * pitch + x);
       transpose(v);
       for (int i = 0; i < 4; i++) store_from_float<4>(to + (x + i) * pixel_stride + p, v[i]);
     }
-    for (; x < count; x++) {
-      for (int64_t i = p; i < planes && i < p + 4; i++) {
-        assign(to[x * pixel_stride + i], from[i * pitch + x]);
-      }
-    }
+  }
+  for (int64_t x = 0; x < count; x++) {
+    for (int64_t p = whole; p < planes; p++) assign(to[x * pixel_stride + p], from[p * pitch + x]);
   }
 }
 

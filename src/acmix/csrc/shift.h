@@ -58,15 +58,8 @@ int64_t places(const ShiftGeometry& g, const ShiftTask& task) {
 }
 
 // The pixels of one phase, as a tensor.
-Tensor phase_pixels(const ShiftGeometry& g, Tensor t, const ShiftPhase& phase) {
-  const int64_t size = t.dtype == acmix::kFloat32 ? 4 : 2;
-  const int64_t first = phase.row * t.stride[3] + phase.column * t.stride[4];
-  t.data = static_cast<char*>(t.data) + first * size;
-  t.size[3] = (t.size[3] - phase.row + g.row_stride - 1) / g.row_stride;
-  t.size[4] = (t.size[4] - phase.column + g.column_stride - 1) / g.column_stride;
-  t.stride[3] *= g.row_stride;
-  t.stride[4] *= g.column_stride;
-  return t;
+Tensor phase_pixels(const ShiftGeometry& g, const Tensor& t, const ShiftPhase& phase) {
+  return every(every(t, 3, phase.row, g.row_stride), 4, phase.column, g.column_stride);
 }
 
 template <class Body>
