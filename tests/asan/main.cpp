@@ -10,6 +10,7 @@
 
 #include "job.h"
 
+using acmix::PartitionProblem;
 using acmix::Problem;
 using acmix::ShiftProblem;
 using acmix::Tensor;
@@ -29,11 +30,18 @@ int acmix_aggregation_forward(const Problem*, const Tensor* weight, const Tensor
 int acmix_aggregation_backward(const Problem*, const Tensor* grad_out, const Tensor* weight,
                                const Tensor* v, const Tensor* grad_weight, const Tensor* grad_v,
                                int64_t threads);
-int acmix_shift_forward(const ShiftProblem*, const Tensor* pieces, const float* weight,
-                        const Tensor* out, int64_t threads);
+int acmix_shift_forward(const ShiftProblem*, const Tensor* pieces, const float* combine,
+                        const float* weight, const Tensor* out, int64_t threads);
 int acmix_shift_backward(const ShiftProblem*, const Tensor* grad_out, const Tensor* pieces,
-                         const float* weight, const Tensor* grad_pieces, float* grad_weight,
-                         int64_t threads);
+                         const float* combine, const float* weight, const Tensor* grad_pieces,
+                         float* grad_weight, float* grad_combine, int64_t threads);
+int acmix_partition_forward(const PartitionProblem*, const Tensor* q, const Tensor* k,
+                            const Tensor* v, const float* bias, const Tensor* out, float* lse,
+                            int64_t threads);
+int acmix_partition_backward(const PartitionProblem*, const Tensor* grad_out, const Tensor* q,
+                             const Tensor* k, const Tensor* v, const float* bias,
+                             const float* lse, const Tensor* grad_q, const Tensor* grad_k,
+                             const Tensor* grad_v, float* grad_bias, int64_t threads);
 }
 
 namespace {
@@ -88,6 +96,23 @@ struct Buffer {
   }
 };
 
+// A bare array of halves, null where it is empty.
+struct Floats {
+  std::unique_ptr<float[]> memory;
+  int64_t count;
+
+  explicit Floats(int64_t size) : memory(size > 0 ? new float[size] : nullptr), count(size) {
+    for (int64_t i = 0; i < count; i++) memory[i] = 0.5f;
+  }
+  float* get() const { return memory.get(); }
+  bool finite() const {
+    for (int64_t i = 0; i < count; i++) {
+      if (!std::isfinite(memory[i])) return false;
+    }
+    return true;
+  }
+};
+
 void require(bool condition, const char* what, const Problem& p) {
   if (condition) return;
   std::printf("%s: %ld x %ld, window %ld, stride %ld, dilation %ld, %ld channels\n", what,
@@ -135,21 +160,47 @@ void run_shift(ShiftProblem p, const Order& order, int32_t dtype) {
   const int64_t rows = (p.height + p.stride - 1) / p.stride;
   const int64_t columns = (p.width + p.stride - 1) / p.stride;
   const std::array<int64_t, 5> out_size{p.batch, p.groups, p.outputs, rows, columns};
-  const std::array<int64_t, 5> in_size{p.batch, p.groups, p.inputs, p.height, p.width};
+  const std::array<int64_t, 5> in_size{p.batch, p.groups, p.pieces, p.height, p.width};
   const Buffer pieces(in_size, order, dtype, true), grad_out(out_size, order, dtype, true);
   const Buffer out(out_size, order, dtype, false), grad_pieces(in_size, order, dtype, false);
+  const bool combines = p.pieces != p.inputs;
+  const Floats combine(combines ? p.inputs * p.pieces : 0);
+  const Floats grad_combine(combines ? p.inputs * p.pieces : 0);
   const int64_t count = p.groups * p.outputs * p.inputs * p.window * p.window;
-  const std::unique_ptr<float[]> weight(new float[count]), grad_weight(new float[count]);
-  for (int64_t i = 0; i < count; i++) weight[i] = 0.5f;
+  const Floats weight(count), grad_weight(count);
   const Problem described{p.batch,  p.groups, p.inputs, p.height,
                           p.width, p.window, p.stride, p.dilation};
   for (p.accumulate = 0; p.accumulate < 2; p.accumulate++) {
-    int status = acmix_shift_forward(&p, &pieces.tensor, weight.get(), &out.tensor, 2);
+    int status = acmix_shift_forward(&p, &pieces.tensor, combine.get(), weight.get(), &out.tensor,
+                                     2);
     require(status == 0 && out.finite(), "shift convolution, forward", described);
-    status = acmix_shift_backward(&p, &grad_out.tensor, &pieces.tensor, weight.get(),
-                                  &grad_pieces.tensor, grad_weight.get(), 2);
-    require(status == 0 && grad_pieces.finite(), "shift convolution, backward", described);
+    status = acmix_shift_backward(&p, &grad_out.tensor, &pieces.tensor, combine.get(),
+                                  weight.get(), &grad_pieces.tensor, grad_weight.get(),
+                                  grad_combine.get(), 2);
+    require(status == 0 && grad_pieces.finite() && grad_weight.finite() && grad_combine.finite(),
+            "shift convolution, backward", described);
   }
+}
+
+void run_partition(const PartitionProblem& p, const Order& order, int32_t dtype) {
+  const std::array<int64_t, 5> size{p.batch, p.heads, p.channels, p.height, p.width};
+  const Buffer q(size, order, dtype, true), k(size, order, dtype, true);
+  const Buffer v(size, order, dtype, true), grad_out(size, order, dtype, true);
+  const Buffer out(size, order, dtype, false), grad_q(size, order, dtype, false);
+  const Buffer grad_k(size, order, dtype, false), grad_v(size, order, dtype, false);
+  const int64_t tokens = p.rows * p.columns;
+  const Floats bias(p.heads * tokens * tokens), grad_bias(p.heads * tokens * tokens);
+  const Floats lse(p.batch * p.heads * p.height * p.width);
+  const Problem described{p.batch, p.heads, p.channels, p.height, p.width, p.rows, 1, 1};
+  int status = acmix_partition_forward(&p, &q.tensor, &k.tensor, &v.tensor, bias.get(),
+                                       &out.tensor, lse.get(), 2);
+  require(status == 0 && out.finite() && lse.finite(), "windows, forward", described);
+  status = acmix_partition_backward(&p, &grad_out.tensor, &q.tensor, &k.tensor, &v.tensor,
+                                    bias.get(), lse.get(), &grad_q.tensor, &grad_k.tensor,
+                                    &grad_v.tensor, grad_bias.get(), 2);
+  require(status == 0 && grad_q.finite() && grad_k.finite() && grad_v.finite() &&
+              grad_bias.finite(),
+          "windows, backward", described);
 }
 
 }  // namespace
@@ -167,9 +218,11 @@ int main() {
             const int32_t dtype = static_cast<int32_t>(cases % 3);
             run({2, heads, channels, size[0], size[1], window, stride, dilation}, order, dtype);
             const int64_t outputs = 1 + cases % 6, batch = 1 + cases % 4;
-            run_shift({batch, heads, channels, outputs, size[0], size[1], window, stride, dilation,
-                       0},
-                      order, dtype);
+            for (const int64_t inputs : {channels, channels + 1}) {
+              run_shift({batch, heads, channels, inputs, outputs, size[0], size[1], window, stride,
+                         dilation, 0},
+                        order, dtype);
+            }
             cases++;
           }
         }
@@ -179,10 +232,24 @@ int main() {
   // Rows in several chunks, and small images together.
   for (const Order& order : kOrders) {
     for (const int64_t stride : {1, 2}) {
-      run_shift({1, 5, 12, 4, 70, 60, 3, stride, 1, 0}, order, acmix::kFloat32);
-      run_shift({40, 3, 12, 4, 5, 6, 5, stride, 1, 0}, order, acmix::kFloat32);
-      cases += 2;
+      for (const int64_t inputs : {12, 9}) {
+        run_shift({1, 5, 12, inputs, 4, 70, 60, 3, stride, 1, 0}, order, acmix::kFloat32);
+        run_shift({40, 3, 12, inputs, 4, 5, 6, 5, stride, 1, 0}, order, acmix::kFloat32);
+        cases += 2;
+      }
     }
+    for (const int64_t rows : {1, 2, 7}) {
+      for (const int64_t columns : {1, 4, 5}) {
+        const int32_t dtype = static_cast<int32_t>(cases % 3);
+        const int64_t channels = 1 + 8 * (cases % 5);
+        run_partition({2, 3, channels, 3 * rows, 2 * columns, rows, columns, rows / 2,
+                       columns / 2},
+                      order, dtype);
+        cases++;
+      }
+    }
+    run_partition({70, 1, 5, 4, 2, 2, 2, 1, 0}, order, acmix::kFloat32);
+    cases++;
   }
   std::printf("%ld cases, %s\n", static_cast<long>(cases), acmix_simd());
 }

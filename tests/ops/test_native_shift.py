@@ -52,21 +52,38 @@ def make_inputs(
     return [lay_out(x, layout), torch.randn(groups * outputs, pieces, kernel, kernel)]
 
 
-def run(pieces: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    return OPERATOR(pieces, weight, stride, dilation)
+def run(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc: Tensor | None = None
+) -> Tensor:
+    return OPERATOR(pieces, weight, stride, dilation, fc)
 
 
-def plainly(pieces: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def plainly(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc: Tensor | None = None
+) -> Tensor:
+    if fc is not None:
+        pieces = torch.einsum("ij,bjdhw->bidhw", fc, pieces)
     channels = pieces.transpose(1, 2).flatten(1, 2)
     return folded.convolve(channels, weight, stride, dilation, groups=pieces.shape[2])
 
 
 def both_ways(inputs: list[Tensor], stride: int, dilation: int) -> tuple[list[Tensor], ...]:
+    """`inputs` are pieces and weight and, where fc is apart, fc."""
     doubles = [x.double() for x in inputs]
     return (
-        outputs_and_gradients(lambda p, w: run(p, w, stride, dilation), inputs),
-        outputs_and_gradients(lambda p, w: plainly(p, w, stride, dilation), doubles),
+        outputs_and_gradients(lambda p, w, *fc: run(p, w, stride, dilation, *fc), inputs),
+        outputs_and_gradients(lambda p, w, *fc: plainly(p, w, stride, dilation, *fc), doubles),
     )
+
+
+def with_fc(inputs: list[Tensor], made: int) -> list[Tensor]:
+    """The same with an fc that makes `made` inputs of the pieces."""
+    pieces, weight = inputs
+    return [
+        pieces,
+        torch.randn(len(weight), made, *weight.shape[2:]),
+        torch.randn(made, pieces.shape[1]),
+    ]
 
 
 @pytest.fixture
@@ -83,6 +100,15 @@ def test_grid(size: tuple[int, int], stride: int, dilation: int, kernel: int) ->
     for layout in LAYOUTS:
         inputs = make_inputs(size, kernel, layout=layout)
         assert_all_close(*both_ways(inputs, stride, dilation), TOLERANCE[torch.float32], layout)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("stride", "dilation"), STEPS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_grid_with_fc(size: tuple[int, int], stride: int, dilation: int, kernel: int) -> None:
+    for layout, made in itertools.product(LAYOUTS, (1, 9)):
+        inputs = with_fc(make_inputs(size, kernel, layout=layout), made)
+        assert_all_close(*both_ways(inputs, stride, dilation), 2e-5, layout)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 6, 12])
@@ -102,6 +128,7 @@ def test_several_tasks(size: tuple[int, int], batch: int, layout: str) -> None:
     inputs = make_inputs(size, 5, groups=5, batch=batch, layout=layout)
     # Many terms: their rounding errors add up.
     assert_all_close(*both_ways(inputs, 1, 2), 3e-5)
+    assert_all_close(*both_ways(with_fc(inputs, 9), 1, 2), 3e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -111,6 +138,8 @@ def test_half_precision(stride: int, dtype: torch.dtype, layout: str) -> None:
     pieces, weight = make_inputs((9, 21), layout=layout)
     inputs = [pieces.to(dtype), weight.to(dtype)]
     assert_all_close(*both_ways(inputs, stride, 1), TOLERANCE[dtype])
+    apart = [x.to(dtype) for x in with_fc(inputs, 9)]
+    assert_all_close(*both_ways(apart, stride, 1), TOLERANCE[dtype])
     out = run(inputs[0], weight, stride, 1)
     assert out.dtype == dtype
     exact = plainly(inputs[0].double(), weight.double(), stride, 1)
@@ -267,6 +296,11 @@ def test_opcheck(layout: str) -> None:
     pieces, weight = (x.detach() for x in leaves)
     backward = torch.ops.acmix.shift_convolution_backward.default
     torch.library.opcheck(backward, (run(pieces, weight, 2, 1), pieces, weight, 2, 1))
+    leaves = [x.requires_grad_() for x in with_fc([pieces, weight], 5)]
+    torch.library.opcheck(OPERATOR.default, (*leaves[:2], 2, 1, leaves[2]))
+    pieces, weight, fc = (x.detach() for x in leaves)
+    out = run(pieces, weight, 2, 1, fc)
+    torch.library.opcheck(backward, (out, pieces, weight, 2, 1, fc))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -296,6 +330,21 @@ def test_flop_formulas() -> None:
         out = run(pieces, weight, 1, 1)
         out.sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 12 * 9 * out.numel()
+
+
+@pytest.mark.parametrize(("heads", "apart"), [(4, False), (5, True), (12, True)])
+def test_the_form_with_fewer_operations_runs(heads: int, apart: bool) -> None:
+    inputs = make_inputs((6, 7), pieces=3 * heads, outputs=9)[:1]
+    inputs += [torch.randn(9, 3 * heads), torch.randn(3 * heads, 9, 3, 3)]
+    inputs = [x.requires_grad_() for x in inputs]
+    with FlopCounterMode(display=False) as counter:
+        out = native.forward(*inputs, None, 1, 1)
+    folded_cost, cost = 9 * 3 * heads * heads, 9 * 3 * heads + 81 * heads
+    assert apart == (cost < folded_cost)
+    fold = 0 if apart else 2 * inputs[2].numel() * 3 * heads
+    assert counter.get_total_flops() == fold + 2 * min(cost, folded_cost) * 2 * 3 * 42
+    expected = reference.forward(*(x.double() for x in inputs), None, 1, 1)
+    assert_all_close([out], [expected], TOLERANCE[torch.float32])
 
 
 def test_internal_errors_are_raised() -> None:

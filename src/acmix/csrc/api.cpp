@@ -313,7 +313,7 @@ int attention_backward(const Problem& p, Attention job, int64_t threads, float* 
 // The tables behind the geometry of a shift convolution.
 struct ShiftTables {
   std::vector<ShiftPhase> phases;
-  std::vector<ShiftTap> taps, sources, gradient_taps;
+  std::vector<ShiftTap> taps, sources, planes, gradient_taps;
   std::vector<int64_t> first_of_phase;
 };
 
@@ -374,6 +374,7 @@ void fill_shift_taps(ShiftGeometry& g, const ShiftProblem& p, ShiftTables& table
           {input * g.plane_pitch + tap.offset, input * g.kernel + tap.index});
     }
   }
+  for (int64_t i = 0; i < g.pieces; i++) tables.planes.push_back({i * g.plane_pitch, i});
 }
 
 void fill_gradient_taps(const ShiftGeometry& g, const ShiftProblem& p, ShiftTables& tables) {
@@ -420,8 +421,11 @@ void set_shift_tasks(ShiftGeometry& g, int64_t planes) {
   g.plane_pitch = spread(places + 2 * g.gap_x + 16);
 }
 
-ShiftGeometry make_shift_geometry(const ShiftProblem& p, int64_t block, ShiftTables& tables) {
+ShiftGeometry make_shift_geometry(const ShiftProblem& p, bool combines, int64_t block,
+                                  ShiftTables& tables) {
   ShiftGeometry g{};
+  g.combines = combines;
+  g.pieces = p.pieces;
   g.batch = p.batch;
   g.groups = p.groups;
   g.inputs = p.inputs;
@@ -436,31 +440,33 @@ ShiftGeometry make_shift_geometry(const ShiftProblem& p, int64_t block, ShiftTab
   g.group_block = block;
   g.group_blocks = ceil_div(p.groups, block);
   fill_phases(g, p, tables);
-  set_shift_tasks(g, (g.phases + 1) * g.inputs + g.outputs);
+  set_shift_tasks(g, (g.phases + 1) * (g.inputs + (combines ? g.pieces : 0)) + g.outputs);
   fill_shift_taps(g, p, tables);
   fill_gradient_taps(g, p, tables);
   g.taps = static_cast<int64_t>(tables.taps.size());
   g.tap = tables.taps.data();
   g.source = tables.sources.data();
+  g.plane = tables.planes.data();
   g.gradient_tap = tables.gradient_taps.data();
   g.first_of_phase = tables.first_of_phase.data();
   return g;
 }
 
 bool sane(const ShiftProblem& p) {
-  for (int64_t n : {p.groups, p.inputs, p.outputs}) {
+  for (int64_t n : {p.groups, p.pieces, p.inputs, p.outputs}) {
     if (n < 1 || n > kLargest) return false;
   }
   const double kernels = static_cast<double>(p.groups) * static_cast<double>(p.outputs) *
                          static_cast<double>(p.inputs) * static_cast<double>(p.window);
   return kernels * static_cast<double>(p.window) < 1e12 &&
-         sane(Problem{p.batch, p.groups, p.inputs, p.height, p.width, p.window, p.stride,
+         sane(Problem{p.batch, p.groups, p.pieces, p.height, p.width, p.window, p.stride,
                       p.dilation});
 }
 
 bool affordable(const ShiftGeometry& g) {
-  const double planes = static_cast<double>(g.phases + 1) * static_cast<double>(g.inputs) +
-                        static_cast<double>(g.outputs);
+  const double planes =
+      static_cast<double>(g.phases + 1) * static_cast<double>(g.inputs + g.pieces) +
+      static_cast<double>(g.outputs);
   return planes * static_cast<double>(g.plane_pitch) * static_cast<double>(g.group_block) < 1e11;
 }
 
@@ -472,12 +478,13 @@ int run_shift(const Shift& job, int64_t threads, int64_t (*scratch_size)(const S
   return run_tasks(threads, tasks, scratch_size(job.g), Call<Shift>::run, &call) ? kOk : kNoMemory;
 }
 
-int shift_forward(const ShiftProblem& p, const Tensor& pieces, const float* weight,
-                  const Tensor& out, int64_t threads) {
+int shift_forward(const ShiftProblem& p, const Tensor& pieces, const float* combine,
+                  const float* weight, const Tensor& out, int64_t threads) {
   Shift job{};
   ShiftTables tables;
-  job.g = make_shift_geometry(p, group_block(p, {&pieces, &out}), tables);
+  job.g = make_shift_geometry(p, combine != nullptr, group_block(p, {&pieces, &out}), tables);
   job.pieces = pieces;
+  job.combine = combine;
   job.out = out;
   job.weight = weight;
   job.accumulate = p.accumulate != 0;
@@ -485,24 +492,104 @@ int shift_forward(const ShiftProblem& p, const Tensor& pieces, const float* weig
   return run_shift(job, threads, kernels.shift_forward_scratch, kernels.shift_forward);
 }
 
-int shift_backward(const ShiftProblem& p, Shift job, float* grad_weight, int64_t threads) {
+// Adds up `parts`, each as long as `sum`.
+void sum_parts(const std::vector<float>& parts, float* sum, size_t size) {
+  for (size_t i = 0; i < size; i++) sum[i] = 0.0f;
+  for (size_t i = 0; i < parts.size(); i++) sum[i % size] += parts[i];
+}
+
+int shift_backward(const ShiftProblem& p, Shift job, float* grad_weight, float* grad_combine,
+                   int64_t threads) {
   ShiftTables tables;
-  job.g = make_shift_geometry(p, group_block(p, {&job.pieces, &job.grad_out, &job.grad_pieces}),
+  job.g = make_shift_geometry(p, job.combine != nullptr,
+                              group_block(p, {&job.pieces, &job.grad_out, &job.grad_pieces}),
                               tables);
   job.accumulate = p.accumulate != 0;
   const ShiftGeometry& g = job.g;
   const size_t size = static_cast<size_t>(g.groups * g.outputs * g.inputs * g.kernel);
   const size_t parts = static_cast<size_t>(g.image_blocks * g.chunks);
-  std::vector<float> others(grad_weight && parts > 1 ? parts * size : 0);
-  job.grad_weight = others.empty() ? grad_weight : others.data();
+  std::vector<float> others(grad_weight && parts != 1 ? parts * size : 0);
+  job.grad_weight = parts == 1 ? grad_weight : others.data();
+  const size_t pairs = static_cast<size_t>(g.inputs * g.pieces);
+  std::vector<float> combinations(
+      g.combines && grad_weight ? parts * static_cast<size_t>(g.group_blocks) * pairs : 0);
+  job.grad_combine = combinations.data();
   const Kernels& kernels = *simd().kernels;
   const int status = run_shift(job, threads, kernels.shift_backward_scratch,
                                kernels.shift_backward);
-  if (grad_weight && parts == 0) std::memset(grad_weight, 0, size * sizeof(float));
-  for (size_t i = 0; i < others.size(); i++) {
-    grad_weight[i % size] = (i < size ? 0.0f : grad_weight[i % size]) + others[i];
+  if (grad_weight && parts != 1) sum_parts(others, grad_weight, size);
+  if (grad_combine && grad_weight) sum_parts(combinations, grad_combine, pairs);
+  return status;
+}
+
+bool sane(const PartitionProblem& p) {
+  for (int64_t n : {p.heads, p.channels, p.height, p.width, p.rows, p.columns}) {
+    if (n < 1 || n > kLargest) return false;
+  }
+  return p.batch >= 0 && p.batch <= kLargest && p.rows <= kLargestWindow &&
+         p.columns <= kLargestWindow && p.height % p.rows == 0 && p.width % p.columns == 0 &&
+         p.row_shift >= 0 && p.row_shift < p.rows && p.column_shift >= 0 &&
+         p.column_shift < p.columns;
+}
+
+// As many parts as any machine has use for. No word of threads: gradients of the bias are summed
+// part by part.
+PartitionGeometry make_partition_geometry(const PartitionProblem& p) {
+  constexpr int64_t most = 64;
+  PartitionGeometry g{};
+  g.p = p;
+  g.tokens = p.rows * p.columns;
+  g.down = p.height / p.rows;
+  g.across = p.width / p.columns;
+  g.pitch = round_up(g.tokens, 16);
+  g.channel_pitch = round_up(p.channels, 16);
+  const int64_t rows = p.batch * g.down;
+  g.part_rows = rows > most ? ceil_div(rows, most) : 1;
+  g.parts = ceil_div(rows, g.part_rows);
+  return g;
+}
+
+bool affordable(const PartitionGeometry& g) {
+  const double tokens = static_cast<double>(g.pitch);
+  return tokens * (tokens + static_cast<double>(g.channel_pitch)) < 1e10;
+}
+
+int run_partition(const Partition& job, int64_t threads,
+                  int64_t (*scratch_size)(const PartitionGeometry&),
+                  void (*task)(const Partition&, int64_t, float*)) {
+  const Call<Partition> call{task, &job};
+  const int64_t tasks = job.g.parts * job.g.p.heads;
+  return run_tasks(threads, tasks, scratch_size(job.g), Call<Partition>::run, &call) ? kOk
+                                                                                     : kNoMemory;
+}
+
+int partition_forward(Partition job, int64_t threads) {
+  if (!affordable(job.g)) return kNoMemory;
+  const Kernels& kernels = *simd().kernels;
+  return run_partition(job, threads, kernels.partition_forward_scratch, kernels.partition_forward);
+}
+
+int partition_backward(Partition job, float* grad_bias, int64_t threads) {
+  if (!affordable(job.g)) return kNoMemory;
+  const size_t size = static_cast<size_t>(job.g.p.heads * job.g.tokens * job.g.tokens);
+  std::vector<float> parts(grad_bias ? static_cast<size_t>(job.g.parts) * size : 0);
+  job.grad_bias = grad_bias ? parts.data() : nullptr;
+  const Kernels& kernels = *simd().kernels;
+  const int status = run_partition(job, threads, kernels.partition_backward_scratch,
+                                   kernels.partition_backward);
+  for (size_t i = 0; grad_bias && i < size; i++) {
+    double sum = 0.0;
+    for (size_t at = i; at < parts.size(); at += size) sum += parts[at];
+    grad_bias[i] = static_cast<float>(sum);
   }
   return status;
+}
+
+Partition make_partition(const PartitionProblem& p) {
+  Partition job{};
+  job.g = make_partition_geometry(p);
+  job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.channels)));
+  return job;
 }
 
 // A bad_alloc of the tables here, a status out there.
@@ -518,11 +605,12 @@ int guarded(const Function& function) {
 }  // namespace
 }  // namespace acmix
 
+using acmix::PartitionProblem;
 using acmix::Problem;
 using acmix::ShiftProblem;
 using acmix::Tensor;
 
-ACMIX_EXPORT int acmix_interface() { return 2; }
+ACMIX_EXPORT int acmix_interface() { return 3; }
 
 // GOMP_parallel of the OpenMP runtime that the caller uses, or null.
 ACMIX_EXPORT void acmix_lend_threads(acmix::ParallelRegion region) { acmix::lend_threads(region); }
@@ -645,27 +733,31 @@ ACMIX_EXPORT int acmix_aggregation_backward(const Problem* p, const Tensor* grad
   });
 }
 
+// `combine` is null where the pieces are the inputs.
 ACMIX_EXPORT int acmix_shift_forward(const ShiftProblem* p, const Tensor* pieces,
-                                     const float* weight, const Tensor* out, int64_t threads) {
-  if (!acmix::sane(*p)) return acmix::kBadProblem;
+                                     const float* combine, const float* weight, const Tensor* out,
+                                     int64_t threads) {
+  if (!acmix::sane(*p) || (!combine && p->pieces != p->inputs)) return acmix::kBadProblem;
   const int64_t rows = acmix::ceil_div(p->height, p->stride);
   const int64_t columns = acmix::ceil_div(p->width, p->stride);
-  if (!acmix::fits(*pieces, p->batch, p->groups, p->inputs, p->height, p->width) ||
+  if (!acmix::fits(*pieces, p->batch, p->groups, p->pieces, p->height, p->width) ||
       !acmix::fits(*out, p->batch, p->groups, p->outputs, rows, columns) || !weight) {
     return acmix::kBadTensor;
   }
-  return acmix::guarded([&] { return acmix::shift_forward(*p, *pieces, weight, *out, threads); });
+  return acmix::guarded([&] {
+    return acmix::shift_forward(*p, *pieces, combine, weight, *out, threads);
+  });
 }
 
 ACMIX_EXPORT int acmix_shift_backward(const ShiftProblem* p, const Tensor* grad_out,
-                                      const Tensor* pieces, const float* weight,
-                                      const Tensor* grad_pieces, float* grad_weight,
-                                      int64_t threads) {
-  if (!acmix::sane(*p)) return acmix::kBadProblem;
+                                      const Tensor* pieces, const float* combine,
+                                      const float* weight, const Tensor* grad_pieces,
+                                      float* grad_weight, float* grad_combine, int64_t threads) {
+  if (!acmix::sane(*p) || (!combine && p->pieces != p->inputs)) return acmix::kBadProblem;
   const int64_t rows = acmix::ceil_div(p->height, p->stride);
   const int64_t columns = acmix::ceil_div(p->width, p->stride);
   for (const Tensor* t : {pieces, grad_pieces}) {
-    if (!acmix::fits(*t, p->batch, p->groups, p->inputs, p->height, p->width)) {
+    if (!acmix::fits(*t, p->batch, p->groups, p->pieces, p->height, p->width)) {
       return acmix::kBadTensor;
     }
   }
@@ -676,6 +768,55 @@ ACMIX_EXPORT int acmix_shift_backward(const ShiftProblem* p, const Tensor* grad_
   job.pieces = *pieces;
   job.grad_out = *grad_out;
   job.grad_pieces = *grad_pieces;
+  job.combine = combine;
   job.weight = weight;
-  return acmix::guarded([&] { return acmix::shift_backward(*p, job, grad_weight, threads); });
+  return acmix::guarded([&] {
+    return acmix::shift_backward(*p, job, grad_weight, grad_combine, threads);
+  });
+}
+
+ACMIX_EXPORT int acmix_partition_forward(const PartitionProblem* p, const Tensor* q,
+                                         const Tensor* k, const Tensor* v, const float* bias,
+                                         const Tensor* out, float* lse, int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  for (const Tensor* t : {q, k, v, out}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, p->height, p->width)) {
+      return acmix::kBadTensor;
+    }
+  }
+  if (!bias || (!lse && p->batch > 0)) return acmix::kBadTensor;
+  acmix::Partition job = acmix::make_partition(*p);
+  job.query = *q;
+  job.key = *k;
+  job.value = *v;
+  job.bias = bias;
+  job.out = *out;
+  job.lse = lse;
+  return acmix::guarded([&] { return acmix::partition_forward(job, threads); });
+}
+
+ACMIX_EXPORT int acmix_partition_backward(const PartitionProblem* p, const Tensor* grad_out,
+                                          const Tensor* q, const Tensor* k, const Tensor* v,
+                                          const float* bias, const float* lse,
+                                          const Tensor* grad_q, const Tensor* grad_k,
+                                          const Tensor* grad_v, float* grad_bias,
+                                          int64_t threads) {
+  if (!acmix::sane(*p)) return acmix::kBadProblem;
+  for (const Tensor* t : {grad_out, q, k, v, grad_q, grad_k, grad_v}) {
+    if (!acmix::fits(*t, p->batch, p->heads, p->channels, p->height, p->width)) {
+      return acmix::kBadTensor;
+    }
+  }
+  if (!bias || (!lse && p->batch > 0)) return acmix::kBadTensor;
+  acmix::Partition job = acmix::make_partition(*p);
+  job.query = *q;
+  job.key = *k;
+  job.value = *v;
+  job.bias = bias;
+  job.grad_out = *grad_out;
+  job.grad_query = *grad_q;
+  job.grad_key = *grad_k;
+  job.grad_value = *grad_v;
+  job.lse = const_cast<float*>(lse);
+  return acmix::guarded([&] { return acmix::partition_backward(job, grad_bias, threads); });
 }

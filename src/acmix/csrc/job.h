@@ -21,9 +21,10 @@ struct Problem {
   int64_t batch, heads, channels, height, width, window, stride, dilation;
 };
 
-// The convolution of `inputs` pieces to `outputs` channels in each of `groups` groups.
+// In each of `groups` groups: pieces, combined pixel by pixel to as many inputs or taken as they are,
+// and the convolution of the inputs to outputs.
 struct ShiftProblem {
-  int64_t batch, groups, inputs, outputs, height, width, window, stride, dilation;
+  int64_t batch, groups, pieces, inputs, outputs, height, width, window, stride, dilation;
   int64_t accumulate;  // whether results are added to what the tensors hold
 };
 
@@ -92,14 +93,16 @@ struct ShiftPhase {
 };
 
 struct ShiftGeometry {
-  int64_t batch, groups, inputs, outputs, height, width, out_height, out_width;
+  int64_t batch, groups, pieces, inputs, outputs, height, width, out_height, out_width;
   int64_t kernel, row_stride, column_stride;  // kernel: taps of the whole one
   int64_t gap_y, gap_x, pitch, plane_pitch;
   int64_t group_block, group_blocks, row_chunk, chunks, images, image_blocks;
   int64_t phases, taps;
+  bool combines;             // whether inputs are combinations of pieces
   const ShiftPhase* phase;   // [phases], those that taps reach
   const ShiftTap* tap;       // [taps], those that reach the map from somewhere
   const ShiftTap* source;    // [inputs * taps]
+  const ShiftTap* plane;     // [pieces]
   // By phase of the input, row by row and all of them: from a pixel to the outputs that it is for.
   const ShiftTap* gradient_tap;
   const int64_t* first_of_phase;  // [row_stride * column_stride + 1]
@@ -107,11 +110,37 @@ struct ShiftGeometry {
 
 struct Shift {
   ShiftGeometry g;
-  Tensor pieces, out;  // (batch, groups, inputs or outputs, rows, columns)
+  Tensor pieces, out;  // (batch, groups, pieces or outputs, rows, columns)
   Tensor grad_out, grad_pieces;
+  const float* combine;  // [inputs][pieces], null where the pieces are the inputs
+  float* grad_combine;   // the same for each task, to be summed
   const float* weight;  // [groups][outputs][inputs][kernel]
   float* grad_weight;   // the same for each block of images and chunk of rows, to be summed
   bool accumulate;
+};
+
+struct PartitionProblem {
+  int64_t batch, heads, channels, height, width;
+  int64_t rows, columns;            // of a window; they divide the map's
+  int64_t row_shift, column_shift;  // how far the map was rolled before it was cut
+};
+
+// Windows that a map is cut into, each for itself. In scratch a window's tokens are rows of
+// `channel_pitch`, and matrices of a key a row have a query a lane, `pitch` of them.
+struct PartitionGeometry {
+  PartitionProblem p;
+  int64_t tokens, down, across, pitch, channel_pitch;
+  int64_t parts, part_rows;  // a part is some rows of windows, of all images one after another
+};
+
+struct Partition {
+  PartitionGeometry g;
+  Tensor query, key, value, out;
+  Tensor grad_out, grad_query, grad_key, grad_value;
+  const float* bias;  // [heads][key][query]
+  float* lse;         // [batch][heads][down][across][tokens], base 2
+  float* grad_bias;   // [parts][heads][key][query], to be summed, or null
+  float scale;        // of the logits
 };
 
 // The entry points of one instruction set. Sizes of scratch are in floats.
@@ -128,6 +157,10 @@ struct Kernels {
   void (*shift_forward)(const Shift&, int64_t task, float* scratch);
   int64_t (*shift_backward_scratch)(const ShiftGeometry&);
   void (*shift_backward)(const Shift&, int64_t task, float* scratch);
+  int64_t (*partition_forward_scratch)(const PartitionGeometry&);
+  void (*partition_forward)(const Partition&, int64_t task, float* scratch);
+  int64_t (*partition_backward_scratch)(const PartitionGeometry&);
+  void (*partition_backward)(const Partition&, int64_t task, float* scratch);
 };
 
 extern const Kernels kernels_plain;

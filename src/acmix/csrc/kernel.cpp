@@ -1,11 +1,13 @@
-// Windowed attention, weighted aggregation and, in shift.h, the shift convolution for one
-// instruction set; compiled once for each, with ACMIX_ISA as its name. Includes no standard C++
+// Windowed attention, weighted aggregation and, in shift.h and partition.h, the shift convolution
+// and attention within windows, for one instruction set; compiled once for each, with ACMIX_ISA as its name. Includes no standard C++
 // header: a shared inline function compiled here with wider instructions could be the one that the
 // linker keeps.
 
+#include "partition.h"
 #include "rows.h"
 #include "scratch.h"
 #include "shift.h"
+#include "softmax.h"
 #include "window.h"
 
 namespace {
@@ -14,9 +16,6 @@ using acmix::Aggregation;
 using acmix::Attention;
 using acmix::Geometry;
 using acmix::kBand;
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // What a task works on: some heads of one image, and rows [begin, end) of queries or keys.
 struct Task {
@@ -242,48 +241,6 @@ struct ForwardScratch {
         weight_offset(s.array<int64_t>(g.window)) {}
 };
 
-// Sums over taps run in several parts: shorter chains for the machine, smaller rounding errors.
-constexpr int kParts = 4;
-
-template <int N>
-struct Sum {
-  Float<N> part[kParts];
-
-  Sum() {
-    for (Float<N>& p : part) p = splat<N>(0.0f);
-  }
-  Float<N> total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
-};
-
-// Calls body(tap, part) for every tap, the parts in turn.
-template <class Body>
-ACMIX_INLINE void for_taps(int64_t taps, const Body& body) {
-  int64_t t = 0;
-  for (; t + kParts <= taps; t += kParts) {
-    ACMIX_UNROLL
-    for (int i = 0; i < kParts; i++) body(t + i, i);
-  }
-  for (; t < taps; t++) body(t, 0);
-}
-
-// The largest logit, and in place of the logits 2^(logit - largest), with their sum.
-template <int N>
-void exponentiate(float* logits, int64_t taps, Float<N>& largest, Float<N>& sum) {
-  Float<N> m[kParts];
-  for (Float<N>& part : m) part = load<N>(logits);
-  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
-    m[i] = max<N>(m[i], load<N>(logits + t * N));
-  });
-  largest = max<N>(max<N>(m[0], m[1]), max<N>(m[2], m[3]));
-  Sum<N> s;
-  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
-    const Float<N> p = exp2<N>(load<N>(logits + t * N) - largest);
-    s.part[i] += p;
-    store<N>(logits + t * N, p);
-  });
-  sum = s.total();
-}
-
 struct Attend {
   const Attention& job;
   const ForwardScratch& s;
@@ -309,7 +266,7 @@ struct Attend {
     Float<N> inverse[kBand];
     for (int64_t r = 0; r < band.rows; r++) {
       Float<N> largest, sum;
-      exponentiate<N>(local.weight[r], g.taps, largest, sum);
+      exponentiate<N>(local.weight[r], g.taps, N, largest, sum);
       inverse[r] = splat<N>(job.alpha) / sum;
       if (job.lse) store<N>(s.lse + r * g.query_pitch + column, largest + log2<N>(sum));
     }
@@ -498,29 +455,6 @@ struct BackwardScratch {
     clear(lse, kBand * g.query_pitch);
   }
 };
-
-// In place: logits become probabilities P, their gradients dP become P (dP - sum of P dP); that sum
-// is returned. The sum of P is taken again: a rounded log-sum-exp alone would leave it an ulp of a
-// large number from 1.
-template <int N>
-Float<N> softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pitch,
-                          Float<N> lse) {
-  Sum<N> sum, product;
-  for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
-    const Float<N> p = exp2<N>(load<N>(logits + t * pitch) - lse);
-    sum.part[i] += p;
-    product.part[i] += p * load<N>(gradients + t * pitch);
-    store<N>(logits + t * pitch, p);
-  });
-  const Float<N> inverse = splat<N>(1.0f) / sum.total();
-  const Float<N> delta = product.total() * inverse;
-  for (int64_t t = 0; t < taps; t++) {
-    const Float<N> p = load<N>(logits + t * pitch) * inverse;
-    store<N>(logits + t * pitch, p);
-    store<N>(gradients + t * pitch, p * (load<N>(gradients + t * pitch) - delta));
-  }
-  return delta;
-}
 
 void clear_tail(float* rows, int64_t taps, int64_t pitch, int64_t count) {
   for (int64_t t = 0; count > 0 && t < taps; t++) clear(rows + t * pitch, count);
@@ -848,4 +782,6 @@ const acmix::Kernels acmix::ACMIX_TABLE(ACMIX_ISA) = {
     scratch_size<AggregationBackwardScratch>, aggregation_backward,
     scratch_size<ShiftForwardScratch, ShiftGeometry>, shift_forward,
     scratch_size<ShiftBackwardScratch, ShiftGeometry>, shift_backward,
+    scratch_size<PartitionForwardScratch, PartitionGeometry>, partition_forward,
+    scratch_size<PartitionBackwardScratch, PartitionGeometry>, partition_backward,
 };

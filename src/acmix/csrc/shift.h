@@ -98,10 +98,10 @@ void stage_planes(const ShiftGeometry& g, const Tensor& t, const ShiftTask& task
   });
 }
 
-void stage_inputs(const Shift& job, const ShiftTask& task, const Planes& planes) {
+void stage_pieces(const Shift& job, const ShiftTask& task, const Planes& planes) {
   const ShiftGeometry& g = job.g;
   for (int64_t p = 0; p < g.phases; p++) {
-    const Planes phase{planes.data + p * g.inputs * g.plane_pitch, planes.group_pitch,
+    const Planes phase{planes.data + p * g.pieces * g.plane_pitch, planes.group_pitch,
                        planes.plane_pitch};
     stage_planes(g, phase_pixels(g, job.pieces, g.phase[p]), task, phase);
   }
@@ -232,11 +232,46 @@ void store_results(const ShiftGeometry& g, const Tensor& t, const ShiftTask& tas
   });
 }
 
+constexpr ShiftTap kNoShift{0, 0};
+
+// The pieces of all phases, and the inputs that they make.
+struct ShiftInputs {
+  Planes pieces, inputs;
+
+  ShiftInputs(Scratch& s, const ShiftGeometry& g)
+      : pieces(make_planes(s, g, g.phases * g.pieces)),
+        inputs(g.combines ? make_planes(s, g, g.phases * g.inputs) : pieces) {}
+};
+
+// Zeros stay zeros, so that the inputs have their gaps.
+void combine_pieces(const Shift& job, const ShiftTask& task, const ShiftInputs& s) {
+  const ShiftGeometry& g = job.g;
+  const int64_t whole = g.plane_pitch / kWide * kWide;
+  for (int64_t n = 0; n < task.groups; n++) {
+    for (int64_t p = 0; p < g.phases; p++) {
+      float* inputs = s.inputs.data + n * s.inputs.group_pitch + p * g.inputs * g.plane_pitch;
+      correlate_all({s.pieces.data + n * s.pieces.group_pitch + p * g.pieces * g.plane_pitch,
+                     g.plane_pitch, g.pieces, &kNoShift, 1, job.combine, 1, g.pieces, inputs,
+                     g.plane_pitch, false},
+                    g.inputs, whole);
+      for (int64_t i = 0; i < g.inputs; i++) {
+        clear(inputs + i * g.plane_pitch + whole, g.plane_pitch - whole);
+      }
+    }
+  }
+}
+
+void stage_inputs(const Shift& job, const ShiftTask& task, const ShiftInputs& s) {
+  stage_pieces(job, task, s.pieces);
+  if (job.g.combines) combine_pieces(job, task, s);
+}
+
 struct ShiftForwardScratch {
-  Planes inputs, outs;
+  ShiftInputs in;
+  Planes outs;
 
   ShiftForwardScratch(Scratch& s, const ShiftGeometry& g)
-      : inputs(make_planes(s, g, g.phases * g.inputs)), outs(make_planes(s, g, g.outputs)) {}
+      : in(s, g), outs(make_planes(s, g, g.outputs)) {}
 };
 
 void shift_forward(const Shift& job, int64_t index, float* memory) {
@@ -244,11 +279,11 @@ void shift_forward(const Shift& job, int64_t index, float* memory) {
   const ShiftTask task = split(g, index);
   Scratch scratch(memory);
   const ShiftForwardScratch s(scratch, g);
-  stage_inputs(job, task, s.inputs);
+  stage_inputs(job, task, s.in);
   if (job.accumulate) load_results(g, job.out, task, s.outs);
   for (int64_t n = 0; n < task.groups; n++) {
     const float* weight = job.weight + (task.group + n) * g.outputs * g.inputs * g.kernel;
-    correlate_all({s.inputs.data + n * s.inputs.group_pitch + row_place(g, task, 0, 0),
+    correlate_all({s.in.inputs.data + n * s.in.inputs.group_pitch + row_place(g, task, 0, 0),
                    g.plane_pitch, g.inputs, g.tap, g.taps, weight, g.kernel,
                    g.inputs * g.kernel, s.outs.data + n * s.outs.group_pitch, g.plane_pitch,
                    job.accumulate},
@@ -357,13 +392,15 @@ void pair_all(Pairing p, int64_t rows, int64_t sources) {
 }
 
 struct ShiftBackwardScratch {
-  Planes inputs, grad_outs, grad_inputs;
+  ShiftInputs in;
+  Planes grad_outs, grad_inputs, grad_pieces;
   float* tail;
 
   ShiftBackwardScratch(Scratch& s, const ShiftGeometry& g)
-      : inputs(make_planes(s, g, g.phases * g.inputs)),
+      : in(s, g),
         grad_outs(make_planes(s, g, g.outputs)),
         grad_inputs(make_planes(s, g, g.inputs)),
+        grad_pieces(g.combines ? make_planes(s, g, g.pieces) : grad_inputs),
         tail(s.floats(g.outputs * kWide)) {}
 };
 
@@ -380,7 +417,7 @@ void kernel_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwar
   const int64_t start = row_place(g, task, 0, 0), count = places(g, task);
   const int64_t whole = count / kWide * kWide;
   const float* rows = s.grad_outs.data + n * s.grad_outs.group_pitch + start;
-  const float* source = s.inputs.data + n * s.inputs.group_pitch + start;
+  const float* source = s.in.inputs.data + n * s.in.inputs.group_pitch + start;
   for (int64_t at = 0; at < whole; at += kSegment) {
     pair_all({rows + at, g.plane_pitch, source + at, g.source, sums, size,
               smaller(kSegment, whole - at)},
@@ -397,24 +434,56 @@ void kernel_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwar
            g.inputs * g.taps);
 }
 
-// Gradients of the pieces at one phase of the stride.
+// Adds the gradients of the combination from group n, at the pixels of a phase.
+void combination_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwardScratch& s,
+                          int64_t n, int64_t phase, float* sums) {
+  const ShiftGeometry& g = job.g;
+  const int64_t count = places(g, task), whole = (count + kWide - 1) / kWide * kWide;
+  float* rows = s.grad_inputs.data + n * s.grad_inputs.group_pitch;
+  for (int64_t i = 0; i < g.inputs; i++) clear(rows + i * g.plane_pitch + count, whole - count);
+  const float* source = s.in.pieces.data + n * s.in.pieces.group_pitch +
+                        phase * g.pieces * g.plane_pitch + row_place(g, task, 0, 0);
+  for (int64_t at = 0; at < whole; at += kSegment) {
+    pair_all({rows + at, g.plane_pitch, source + at, g.plane, sums, g.pieces,
+              smaller(kSegment, whole - at)},
+             g.inputs, g.pieces);
+  }
+}
+
+// Gradients of the inputs of group n at one phase of the stride.
+void input_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwardScratch& s,
+                    int64_t n, int64_t phase, bool accumulate) {
+  const ShiftGeometry& g = job.g;
+  const int64_t begin = g.first_of_phase[phase], end = g.first_of_phase[phase + 1];
+  const float* weight = job.weight + (task.group + n) * g.outputs * g.inputs * g.kernel;
+  correlate_all({s.grad_outs.data + n * s.grad_outs.group_pitch + row_place(g, task, 0, 0),
+                 g.plane_pitch, g.outputs, g.gradient_tap + begin, end - begin, weight,
+                 g.inputs * g.kernel, g.kernel,
+                 s.grad_inputs.data + n * s.grad_inputs.group_pitch, g.plane_pitch, accumulate},
+                g.inputs, places(g, task));
+}
+
+// Gradients of the pieces at one phase of the stride, and of their combination.
 void piece_gradient(const Shift& job, const ShiftTask& task, const ShiftBackwardScratch& s,
-                    int64_t phase) {
+                    int64_t phase, float* combination) {
   const ShiftGeometry& g = job.g;
   const ShiftPhase first{phase / g.column_stride, phase % g.column_stride};
   const Tensor pixels = phase_pixels(g, job.grad_pieces, first);
-  if (job.accumulate) load_results(g, pixels, task, s.grad_inputs);
-  const int64_t begin = g.first_of_phase[phase], end = g.first_of_phase[phase + 1];
+  if (job.accumulate) load_results(g, pixels, task, s.grad_pieces);
   for (int64_t n = 0; n < task.groups; n++) {
-    const float* weight = job.weight + (task.group + n) * g.outputs * g.inputs * g.kernel;
-    correlate_all({s.grad_outs.data + n * s.grad_outs.group_pitch + row_place(g, task, 0, 0),
-                   g.plane_pitch, g.outputs, g.gradient_tap + begin, end - begin, weight,
-                   g.inputs * g.kernel, g.kernel,
-                   s.grad_inputs.data + n * s.grad_inputs.group_pitch, g.plane_pitch,
+    input_gradient(job, task, s, n, phase, job.accumulate && !g.combines);
+    if (!g.combines) continue;
+    correlate_all({s.grad_inputs.data + n * s.grad_inputs.group_pitch, g.plane_pitch, g.inputs,
+                   &kNoShift, 1, job.combine, g.pieces, 1,
+                   s.grad_pieces.data + n * s.grad_pieces.group_pitch, g.plane_pitch,
                    job.accumulate},
-                  g.inputs, places(g, task));
+                  g.pieces, places(g, task));
+    for (int64_t p = 0; combination && p < g.phases; p++) {
+      if (g.phase[p].row != first.row || g.phase[p].column != first.column) continue;
+      combination_gradient(job, task, s, n, p, combination);
+    }
   }
-  store_results(g, pixels, task, s.grad_inputs);
+  store_results(g, pixels, task, s.grad_pieces);
 }
 
 void shift_backward(const Shift& job, int64_t index, float* memory) {
@@ -423,11 +492,16 @@ void shift_backward(const Shift& job, int64_t index, float* memory) {
   Scratch scratch(memory);
   const ShiftBackwardScratch s(scratch, g);
   stage_planes(g, job.grad_out, task, s.grad_outs);
+  float* combination = nullptr;
   if (job.grad_weight) {
-    stage_inputs(job, task, s.inputs);
+    stage_inputs(job, task, s.in);
     for (int64_t n = 0; n < task.groups; n++) kernel_gradient(job, task, s, n);
+    combination = g.combines ? job.grad_combine + index * g.inputs * g.pieces : nullptr;
+    if (combination) clear(combination, g.inputs * g.pieces);
   }
-  for (int64_t p = 0; p < g.row_stride * g.column_stride; p++) piece_gradient(job, task, s, p);
+  for (int64_t p = 0; p < g.row_stride * g.column_stride; p++) {
+    piece_gradient(job, task, s, p, combination);
+  }
 }
 
 }  // namespace

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix.layers.mix import MIXES, Weight, make_mix
+from acmix.layers._sizes import crop, multiple, pad_to_multiple
+from acmix.layers.mix import MIXES, Weight, make_mix, weigh
 from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
@@ -110,7 +111,7 @@ class ReducedACmix(nn.Module):
         q, kv = self.q(x), self.kv(self._reduce(x, size))
         out: Tensor | None = None
         if self.proj is not None:
-            out = alpha * self.proj(self._attention(q, kv))
+            out = weigh(alpha, self.proj(self._attention(q, kv)))
         if beta is not None:
             convolution = self._convolution(q[:, extra:], kv[:, extra:], size, beta)
             convolution = F.pad(convolution, (0, 0, extra, 0))
@@ -132,16 +133,16 @@ class ReducedACmix(nn.Module):
         return extra
 
     def _reduced(self, size: tuple[int, int]) -> tuple[int, int]:
-        return -(-size[0] // self.reduction), -(-size[1] // self.reduction)
+        height, width = (multiple(side, self.reduction) // self.reduction for side in size)
+        return height, width
 
     def _reduce(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The tokens that keys and values are made from."""
         if self.sr is None:
             return x
-        (height, width), (rows, columns) = size, self._reduced(size)
         image = x.transpose(1, 2).unflatten(2, size)
-        padding = (0, columns * self.reduction - width, 0, rows * self.reduction - height)
-        return self.norm(self.sr(F.pad(image, padding)).flatten(2).transpose(1, 2))
+        image = pad_to_multiple(image, self.reduction, self.reduction)
+        return self.norm(self.sr(image).flatten(2).transpose(1, 2))
 
     def _attention(self, q: Tensor, kv: Tensor) -> Tensor:
         q = q.unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)
@@ -152,22 +153,24 @@ class ReducedACmix(nn.Module):
 
     def _convolution(self, q: Tensor, kv: Tensor, size: tuple[int, int], beta: Weight) -> Tensor:
         """beta times the convolution path: (B, H * W, dim), d-major."""
-        assert beta is not None
-        fc_weight = beta * self.fc_weight
-        kernels = self.shift.kernels(like=fc_weight)
         kv = kv.transpose(1, 2).unflatten(2, self._reduced(size))
         if self.sr is not None:
             # fc is linear: enlarging its input is enlarging its output.
-            kv = F.interpolate(kv, scale_factor=float(self.reduction), mode="nearest")
-            kv = kv[:, :, : size[0], : size[1]]
+            enlarged = [multiple(side, self.reduction) for side in size]
+            kv = crop(F.interpolate(kv, size=enlarged, mode="nearest"), size, dim=2)
         pieces = torch.cat([q.transpose(1, 2).unflatten(2, size), kv], 1)
-        pieces = pieces.unflatten(1, (3 * self.heads, self.head_dim))
-        if kernels is None:
-            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
-        else:
-            convolve = choose("auto", CONVOLUTION, pieces).forward
-            out = convolve(pieces, fc_weight, kernels, None, 1, 1)
+        out = self._convolve(pieces.unflatten(1, (3 * self.heads, self.head_dim)), beta)
         return out.flatten(2).transpose(1, 2)
+
+    def _convolve(self, pieces: Tensor, beta: Weight) -> Tensor:
+        """pieces (B, 3N, d, H, W) -> (B, dim, H, W)."""
+        assert beta is not None
+        fc_weight = beta * self.fc_weight
+        kernels = self.shift.kernels(like=fc_weight)
+        if kernels is None:
+            return unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
+        convolve = choose("auto", CONVOLUTION, pieces).forward
+        return convolve(pieces, fc_weight, kernels, None, 1, 1)
 
     def extra_repr(self) -> str:
         return (

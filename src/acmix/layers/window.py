@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers._sizes import crop
 from acmix.layers.acmix import prefers_dense
-from acmix.layers.mix import MIXES, Weight, make_mix
+from acmix.layers.mix import MIXES, Weight, make_mix, weigh
 from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
+from acmix.ops.partition_attention import IMPLEMENTATIONS as ATTENTION
+from acmix.ops.partition_attention import tiled
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
-
-APART = -100.0  # added to a logit between parts of the map that only rolling brought together
 
 
 class WindowACmix(nn.Module):
@@ -132,9 +133,9 @@ class WindowACmix(nn.Module):
         below = down * self.window_size[0] - height
         right = across * self.window_size[1] - width
         qkv = self.qkv(F.pad(rolled, (0, 0, 0, right, 0, below)))
-        attention = self.proj(self._attention(qkv, down, across))
-        out = alpha * attention[:, :height, :width]
-        qkv = qkv[:, :height, :width]
+        attention = self.proj(self._attention(qkv))
+        out = weigh(alpha, crop(attention, (height, width), dim=1))
+        qkv = crop(qkv, (height, width), dim=1)
         if beta is None:
             out = self._roll(out, 1)
         elif self.roll_convolution:
@@ -154,26 +155,16 @@ class WindowACmix(nn.Module):
         (height, width), (rows, columns) = x.shape[1:3], self.window_size
         return (height + rows - 1) // rows, (width + columns - 1) // columns
 
-    def _attention(self, qkv: Tensor, down: int, across: int) -> Tensor:
-        """Attention within each of down x across windows: (B, H, W, 3 dim) -> (B, H, W, dim)."""
-        batch = qkv.shape[0]
-        rows, columns = self.window_size
-        split = (batch, down, rows, across, columns)
-        windows = qkv.view(*split, 3, self.heads, self.head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        windows = windows.flatten(5, 6).flatten(2, 3)  # (3, B, windows, N, tokens, d)
-        bias = self._position_bias()
-        # Batch and windows make one dimension; where windows have masks of their own, windows and
-        # heads do, so that the masks are not repeated for each image of the batch.
-        first = 0
-        if any(self.shift_size):
-            mask = self._shift_mask(down, across)
-            bias, first = (bias + mask[:, None]).flatten(0, 1), 1
-        q, k, v = windows.flatten(first + 1, first + 2)
-        dropout = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
-        out = out.reshape(batch, down, across, self.heads, rows, columns, self.head_dim)
-        out = out.permute(0, 1, 4, 2, 5, 3, 6)
-        return out.reshape(batch, down * rows, across * columns, self.dim)
+    def _attention(self, qkv: Tensor) -> Tensor:
+        """Attention within each window of a map that they divide: (B, H, W, 3 dim) -> (B, H, W,
+        dim)."""
+        pieces = qkv.unflatten(-1, (3 * self.heads, self.head_dim)).permute(0, 3, 4, 1, 2)
+        windows = (self._position_bias(), self.window_size, self.shift_size)
+        if self.training and self.attn_drop > 0:
+            out = tiled.forward(pieces, *windows, dropout=self.attn_drop)
+        else:
+            out = choose("auto", ATTENTION, pieces).forward(pieces, *windows)
+        return out.permute(0, 3, 4, 1, 2).flatten(3)
 
     def _position_bias(self) -> Tensor:
         """The bias of each pair of tokens in a window, by their offset: (N, tokens, tokens)."""
@@ -188,17 +179,6 @@ class WindowACmix(nn.Module):
         tokens = rows * columns
         bias = self.relative_position_bias_table[index.reshape(-1)]
         return bias.view(tokens, tokens, self.heads).permute(2, 0, 1)
-
-    def _shift_mask(self, down: int, across: int) -> Tensor:
-        """APART between tokens of a window that are no neighbours in the map before it was
-        rolled: (windows, tokens, tokens)."""
-        table = self.relative_position_bias_table
-        sides = zip((down, across), self.window_size, self.shift_size, strict=True)
-        rows, columns = (parts(*side, table.device) for side in sides)
-        part = 3 * rows[:, None, :, None] + columns[:, None]
-        part = part.flatten(2, 3).flatten(0, 1)
-        apart = part[:, :, None] != part[:, None]
-        return torch.zeros_like(apart, dtype=table.dtype).masked_fill(apart, APART)
 
     def _convolution(self, x: Tensor, qkv: Tensor, beta: Weight) -> Tensor:
         """beta times the convolution path, from the map x or its projections qkv.
@@ -246,16 +226,6 @@ class WindowACmix(nn.Module):
             f"shift_size={self.shift_size}, kernel_conv={self.kernel_conv}, "
             f"roll_convolution={self.roll_convolution}"
         )
-
-
-def parts(count: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Which of its parts each position of a rolled side is in, cut into windows: (count, window).
-
-    The last window holds what was at the end and, in its last `shift` positions, at the start.
-    """
-    last = torch.arange(count, device=device)[:, None] == count - 1
-    start = torch.arange(window, device=device) >= (window - shift if shift else window)
-    return last.long() + (last & start)
 
 
 def check_windows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from acmix.ops._library import why_not_transformed
 
-INTERFACE = 2  # acmix_interface() of the library that these declarations describe
+INTERFACE = 3  # acmix_interface() of the library that these declarations describe
 FOLDER = Path(__file__).parents[1]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {
@@ -58,6 +59,7 @@ class _ShiftProblem(ctypes.Structure):
         for name in (
             "batch",
             "groups",
+            "pieces",
             "inputs",
             "outputs",
             "height",
@@ -66,6 +68,23 @@ class _ShiftProblem(ctypes.Structure):
             "stride",
             "dilation",
             "accumulate",
+        )
+    )
+
+
+class _PartitionProblem(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "batch",
+            "heads",
+            "channels",
+            "height",
+            "width",
+            "rows",
+            "columns",
+            "row_shift",
+            "column_shift",
         )
     )
 
@@ -187,13 +206,21 @@ def aggregation_backward(
 
 
 def shift_forward(
-    pieces: Tensor, weight: Tensor, stride: int, dilation: int, out: Tensor, accumulate: bool
+    pieces: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    out: Tensor,
+    accumulate: bool,
+    fc_weight: Tensor | None = None,
 ) -> None:
-    """pieces (B, J, d, H, W), weight (d * M, J, k, k); fills `out` (B, d * M, Ho, Wo), or adds."""
+    """pieces (B, J, d, H, W), weight (d * M, J, k, k), or fc_weight (I, J) and weight (d * M, I, k,
+    k); fills `out` (B, d * M, Ho, Wo), or adds."""
     _call(
         "acmix_shift_forward",
-        _shift_problem(pieces, weight, stride, dilation, accumulate),
+        _shift_problem(pieces, fc_weight, weight, stride, dilation, accumulate),
         pieces.transpose(1, 2),
+        _Floats(fc_weight),
         _Floats(weight),
         _by_group(out, pieces),
     )
@@ -208,16 +235,63 @@ def shift_backward(
     grad_pieces: Tensor,
     grad_weight: Tensor | None,
     accumulate: bool,
+    fc_weight: Tensor | None = None,
+    grad_fc: Tensor | None = None,
 ) -> None:
-    """Fills the gradients of the pieces, or adds to them, and of the weight where given."""
+    """Fills the gradients of the pieces, or adds to them, and of the weights where given."""
     _call(
         "acmix_shift_backward",
-        _shift_problem(pieces, weight, stride, dilation, accumulate),
+        _shift_problem(pieces, fc_weight, weight, stride, dilation, accumulate),
         _by_group(grad_out, pieces),
         pieces.transpose(1, 2),
+        _Floats(fc_weight),
         _Floats(weight),
         grad_pieces.transpose(1, 2),
         _Floats(grad_weight),
+        _Floats(grad_fc),
+    )
+
+
+def partition_forward(
+    pieces: Tensor,
+    bias: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """pieces (B, 3N, d, H, W), bias (N, T, T) of key and query; fills `out` (B, N, d, H, W) and
+    the contiguous `lse` (B, N, down, across, T).
+    """
+    _call(
+        "acmix_partition_forward",
+        _PartitionProblem(*out.shape, *window, *shift),
+        *pieces.chunk(3, 1),
+        _Floats(bias),
+        out,
+        _Floats(lse),
+    )
+
+
+def partition_backward(
+    grad_out: Tensor,
+    pieces: Tensor,
+    bias: Tensor,
+    lse: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+    grad_pieces: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    _call(
+        "acmix_partition_backward",
+        _PartitionProblem(*grad_out.shape, *window, *shift),
+        grad_out,
+        *pieces.chunk(3, 1),
+        _Floats(bias),
+        _Floats(lse),
+        *grad_pieces.chunk(3, 1),
+        _Floats(grad_bias),
     )
 
 
@@ -235,15 +309,23 @@ def _problem(k: Tensor, window: int, stride: int, dilation: int) -> _Problem:
 
 
 def _shift_problem(
-    pieces: Tensor, weight: Tensor, stride: int, dilation: int, accumulate: bool
+    pieces: Tensor,
+    fc_weight: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    accumulate: bool,
 ) -> _ShiftProblem:
-    batch, inputs, groups, *size = pieces.shape
-    channels, weight_inputs, kernel, columns = weight.shape
-    if channels % groups or weight_inputs != inputs or kernel != columns:
+    batch, count, groups, *size = pieces.shape
+    channels, inputs, kernel, columns = weight.shape
+    made = (inputs, count) if fc_weight is None else tuple(fc_weight.shape)
+    if channels % groups or made != (inputs, count) or kernel != columns:
+        raise AssertionError("weights of other sizes than the pieces")
+    if fc_weight is None and inputs != count:
         raise AssertionError("a weight of other sizes than the pieces")
     outputs = channels // groups
     return _ShiftProblem(
-        batch, groups, inputs, outputs, *size, kernel, stride, dilation, accumulate
+        batch, groups, count, inputs, outputs, *size, kernel, stride, dilation, accumulate
     )
 
 
@@ -264,7 +346,11 @@ def _describe(tensor: Tensor) -> _Tensor:
     )
 
 
-def _call(name: str, problem: _Problem | _ShiftProblem, *tensors: Tensor | _Floats) -> None:
+def _call(
+    name: str,
+    problem: _Problem | _ShiftProblem | _PartitionProblem,
+    *tensors: Tensor | _Floats,
+) -> None:
     arguments = [
         t.pointer if isinstance(t, _Floats) else ctypes.byref(_describe(t)) for t in tensors
     ]

@@ -1,8 +1,9 @@
-"""`torch.ops.acmix.shift_convolution`: the folded convolution of the pieces as one operator with a
-kernel a device.
+"""`torch.ops.acmix.shift_convolution`: the convolution of the pieces as one operator with a kernel a
+device.
 
 It reads the pieces where they are: group c of the convolution takes channel c of every piece, in
-any layout. The fold of its weight (folded.fold_fc) is left to autograd.
+any layout. Where the fold of fc and the kernels (folded.fold_fc) costs less, the pieces are the
+convolution's inputs, and the fold is left to autograd; else the operator combines them by fc first.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from acmix.ops.shift_convolution.folded import border_bias, fold_fc, tap_bias, w
 
 _library.define(
     "shift_convolution",
-    "(Tensor pieces, Tensor weight, SymInt stride, SymInt dilation) -> Tensor",
+    "(Tensor pieces, Tensor weight, SymInt stride, SymInt dilation, Tensor? fc_weight=None) "
+    "-> Tensor",
 )
 _library.define(
     "shift_convolution_backward",
-    "(Tensor grad_out, Tensor pieces, Tensor weight, SymInt stride, SymInt dilation) "
-    "-> (Tensor grad_pieces, Tensor grad_weight)",
+    "(Tensor grad_out, Tensor pieces, Tensor weight, SymInt stride, SymInt dilation, "
+    "Tensor? fc_weight=None) -> (Tensor grad_pieces, Tensor grad_weight, Tensor grad_fc)",
 )
 _library.register_autocast("shift_convolution", tensors=1)
 
@@ -38,12 +40,23 @@ def forward(
     dilation: int,
 ) -> Tensor:
     """pieces (B, J, d, H, W), fc_weight (k^2, J), shift_weight (C, k^2, k, k) -> (B, C, Ho, Wo)."""
-    with without_autocast(pieces):
-        weight = fold_fc(fc_weight, shift_weight)
-    out = torch.ops.acmix.shift_convolution(pieces, weight, stride, dilation)
+    out = convolve(pieces, fc_weight, shift_weight, stride, dilation)
     if fc_bias is None:
         return out
     return out + border_bias(tap_bias(shift_weight, fc_bias), pieces, stride, dilation)
+
+
+def convolve(
+    pieces: Tensor, fc_weight: Tensor, shift_weight: Tensor, stride: int, dilation: int
+) -> Tensor:
+    """The path without biases, by whichever form has fewer multiply-adds: J M k^2 for each pixel of
+    a group where folded, k^2 J + M k^4 where not. See docs/backends.md."""
+    inputs, outputs = pieces.shape[1], shift_weight.shape[0] // pieces.shape[2]
+    if inputs * outputs > inputs + outputs * shift_weight.shape[1]:
+        return torch.ops.acmix.shift_convolution(pieces, shift_weight, stride, dilation, fc_weight)
+    with without_autocast(pieces):
+        weight = fold_fc(fc_weight, shift_weight)
+    return torch.ops.acmix.shift_convolution(pieces, weight, stride, dilation)
 
 
 def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -55,25 +68,43 @@ def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 @torch.library.register_fake("acmix::shift_convolution")
-def _fake(pieces: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _fake(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc_weight: Tensor | None = None
+) -> Tensor:
     return empty_output(pieces, weight, stride)
 
 
 @torch.library.register_fake("acmix::shift_convolution_backward")
 def _fake_backward(
-    grad_out: Tensor, pieces: Tensor, weight: Tensor, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(pieces), weight.new_empty(weight.shape)
+    grad_out: Tensor,
+    pieces: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    fc_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(pieces, weight, fc_weight)
+
+
+def empty_gradients(
+    pieces: Tensor, weight: Tensor, fc_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients; without an fc its gradient has no rows."""
+    grad_fc = weight.new_empty((0, 0)) if fc_weight is None else torch.empty_like(fc_weight)
+    return torch.empty_like(pieces), weight.new_empty(weight.shape), grad_fc
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pieces, weight, *ctx.sizes = inputs
-    ctx.save_for_backward(pieces, weight)
+    pieces, weight, *ctx.sizes, fc_weight = inputs
+    ctx.save_for_backward(pieces, weight, fc_weight)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.acmix.shift_convolution_backward(grad_out, *ctx.saved_tensors, *ctx.sizes)
-    return *grads, None, None
+    pieces, weight, fc_weight = ctx.saved_tensors
+    *grads, grad_fc = torch.ops.acmix.shift_convolution_backward(
+        grad_out, pieces, weight, *ctx.sizes, fc_weight
+    )
+    return *grads, None, None, None if fc_weight is None else grad_fc
 
 
 torch.library.register_autograd("acmix::shift_convolution", _backward, setup_context=_save)
@@ -81,14 +112,37 @@ _library.refuse_second_derivative("shift_convolution_backward")
 
 
 @register_flop_formula(torch.ops.acmix.shift_convolution)
-def _flops(pieces: Any, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    """k^2 taps of each of the J pieces for every output, 2 operations a multiply-add."""
-    return 2 * weight[1:].numel() * out_shape.numel()
+def _flops(
+    pieces: torch.Size,
+    weight: torch.Size,
+    stride: int,
+    dilation: int,
+    fc_weight: torch.Size | None = None,
+    *,
+    out_shape: torch.Size,
+    **_: Any,
+) -> int:
+    """k^2 taps of each input for every output and, where fc is apart, each input from the pieces; 2
+    operations a multiply-add."""
+    return _multiply_adds(pieces, weight, fc_weight, out_shape)
 
 
 @register_flop_formula(torch.ops.acmix.shift_convolution_backward)
 def _flops_backward(
-    grad_out: torch.Size, pieces: Any, weight: torch.Size, *_: Any, **__: Any
+    grad_out: torch.Size,
+    pieces: torch.Size,
+    weight: torch.Size,
+    stride: int,
+    dilation: int,
+    fc_weight: torch.Size | None = None,
+    **_: Any,
 ) -> int:
-    """As many for the gradient of the pieces and for that of the weight."""
-    return 2 * 2 * weight[1:].numel() * grad_out.numel()
+    """As many for the gradients of what is convolved and combined and for those of the weights."""
+    return 2 * _multiply_adds(pieces, weight, fc_weight, grad_out)
+
+
+def _multiply_adds(
+    pieces: torch.Size, weight: torch.Size, fc_weight: torch.Size | None, out: torch.Size
+) -> int:
+    combined = 0 if fc_weight is None else fc_weight[0] * pieces.numel()
+    return 2 * (weight[1:].numel() * out.numel() + combined)

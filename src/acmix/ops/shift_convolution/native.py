@@ -10,33 +10,56 @@ from torch import Tensor
 
 from acmix.ops import _native
 from acmix.ops._native import why_not
-from acmix.ops.shift_convolution._fused import empty_output, forward
+from acmix.ops.shift_convolution._fused import empty_gradients, empty_output, forward
 
 __all__ = ["forward", "why_not"]
 
 
 @torch.library.impl("acmix::shift_convolution", "cpu")
-def _forward(pieces: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _forward(
+    pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc_weight: Tensor | None = None
+) -> Tensor:
     out = empty_output(pieces, weight, stride)
-    floats = weight.float().contiguous()
-    _native.shift_forward(pieces, floats, stride, dilation, out, accumulate=False)
+    _native.shift_forward(
+        pieces, _floats(weight), stride, dilation, out, False, _floats_or_none(fc_weight)
+    )
     return out
 
 
 @torch.library.impl("acmix::shift_convolution_backward", "cpu")
 def _backward(
-    grad_out: Tensor, pieces: Tensor, weight: Tensor, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    grad_pieces = torch.empty_like(pieces)
-    grad_weight = torch.empty(weight.shape)
+    grad_out: Tensor,
+    pieces: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    fc_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = empty_gradients(pieces, weight, fc_weight)
+    grad_weight, grad_fc = (
+        None if x is None else torch.empty(x.shape) for x in (weight, fc_weight)
+    )
     _native.shift_backward(
         grad_out,
         pieces,
-        weight.float().contiguous(),
+        _floats(weight),
         stride,
         dilation,
-        grad_pieces,
+        grads[0],
         grad_weight,
-        accumulate=False,
+        False,
+        _floats_or_none(fc_weight),
+        grad_fc,
     )
-    return grad_pieces, grad_weight.to(weight.dtype)
+    for to, floats in zip(grads[1:], (grad_weight, grad_fc), strict=True):
+        if floats is not None:
+            to.copy_(floats)
+    return grads
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
+
+
+def _floats_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _floats(tensor)
