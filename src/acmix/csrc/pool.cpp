@@ -111,11 +111,13 @@ class Pool {
 std::atomic<Pool*> pool{nullptr};
 std::atomic<ParallelRegion> lent{nullptr};
 
+#if defined(ACMIX_FORKS)
 // A forked child has none of its parent's threads, neither the pool's nor the runtime's.
 void start_afresh() {
   pool = new Pool;
   lent = nullptr;
 }
+#endif
 
 void prepare() {
   static std::once_flag once;
