@@ -1,9 +1,12 @@
-"""What several test files share: one table of tolerances, and gradients of a random loss."""
+"""What several test files share: one table of tolerances, gradients of a random loss, a layer as a
+function, and the two forms of its convolution path."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Largest error relative to the largest magnitude of the expected tensor, or to 0.1 where that is
 # larger: a gradient that is zero comes out as the rounding of its terms, which are of order 1.
@@ -38,3 +41,25 @@ def assert_all_close(
         a, e = a.double(), e.double()
         error = ((a - e).abs().max() / e.abs().max().clamp_min(0.1)).item()
         assert error <= tolerance, f"{what} tensor {index}: relative error {error:.2e}"
+
+
+def as_function(layer: nn.Module) -> Callable[..., Tensor]:
+    """The layer as a function of x and its parameters, for the gradient of each."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    return function
+
+
+def convolution_forms(layers: ModuleType) -> Callable[..., str]:
+    """A fixture: both forms of the folded convolution path of a file's layers, on any device."""
+
+    @pytest.fixture(params=["pieces", "dense"])
+    def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        dense = request.param == "dense"
+        monkeypatch.setattr(layers, "prefers_dense", lambda x: dense)
+        return request.param
+
+    return form

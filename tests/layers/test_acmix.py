@@ -8,7 +8,13 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import (
+    TOLERANCE,
+    as_function,
+    assert_all_close,
+    convolution_forms,
+    outputs_and_gradients,
+)
 from torch import Tensor, nn
 
 import acmix.layers.acmix as acmix_layer
@@ -30,22 +36,7 @@ def make_layer(**arguments: object) -> ACmix2d:
     return layer
 
 
-def run(layer: ACmix2d) -> Callable[..., Tensor]:
-    """The layer as a function of x and its parameters, for the gradient of each."""
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
-
-    return function
-
-
-@pytest.fixture(params=["pieces", "dense"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the folded convolution path, on any device."""
-    dense = request.param == "dense"
-    monkeypatch.setattr(acmix_layer, "prefers_dense", lambda x: dense)
-    return request.param
+form = convolution_forms(acmix_layer)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -60,9 +51,9 @@ def test_fast_paths_are_the_reference(
 ) -> None:
     layer = make_layer(mix=mix, shift=shift, stride=stride, dilation=dilation, backend="reference")
     inputs = [torch.randn(2, 6, *size, dtype=torch.float64), *layer.parameters()]
-    expected = outputs_and_gradients(run(layer), inputs)
+    expected = outputs_and_gradients(as_function(layer), inputs)
     layer.backend = "tiled"
-    actual = outputs_and_gradients(run(layer), inputs)
+    actual = outputs_and_gradients(as_function(layer), inputs)
     assert_all_close(actual, expected, TOLERANCE[torch.float64])
     assert actual[0].shape == (2, 8, -(-size[0] // stride), -(-size[1] // stride))
 
@@ -71,7 +62,7 @@ def test_reference_has_all_gradients() -> None:
     layer = ACmix2d(2, 2, heads=1, kernel_att=3, backend="reference", dtype=torch.float64)
     inputs = [torch.randn(1, 2, 2, 3, dtype=torch.float64), *layer.parameters()]
     inputs = [x.detach().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(run(layer), inputs)
+    assert torch.autograd.gradcheck(as_function(layer), inputs)
 
 
 def test_is_a_drop_in_for_conv2d() -> None:
@@ -219,7 +210,7 @@ def test_memory_formats_and_strides(form: str, backend: str, stride: int) -> Non
     layer = make_layer(dtype=torch.float32, backend=backend, stride=stride)
     x = torch.randn(3, 6, 7, 9)
     inputs = [x, *layer.parameters()]
-    expected = outputs_and_gradients(run(layer), inputs)
+    expected = outputs_and_gradients(as_function(layer), inputs)
     variants = {
         "channels_last": x.to(memory_format=torch.channels_last),
         "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
@@ -227,7 +218,7 @@ def test_memory_formats_and_strides(form: str, backend: str, stride: int) -> Non
         "stepped": torch.stack([x, x], -1).flatten(-2)[..., ::2],
     }
     for name, variant in variants.items():
-        actual = outputs_and_gradients(run(layer), [variant, *inputs[1:]])
+        actual = outputs_and_gradients(as_function(layer), [variant, *inputs[1:]])
         assert_all_close(actual, expected, TOLERANCE[torch.float32], name)
     expanded = x[:1].expand(3, -1, -1, -1)
     torch.testing.assert_close(layer(expanded), layer(expanded.contiguous()))
@@ -283,7 +274,7 @@ def check_compiled(
 ) -> None:
     for batch, height, width in sizes:
         x = torch.randn(batch, 6, height, width)
-        expected = outputs_and_gradients(run(layer), [x, *layer.parameters()])
+        expected = outputs_and_gradients(as_function(layer), [x, *layer.parameters()])
         out = compiled(x.requires_grad_())
         weights = torch.linspace(0, 40, out.numel(), dtype=torch.float64).sin().view_as(out)
         gradients = torch.autograd.grad((out * weights.float()).sum(), [x, *layer.parameters()])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import TOLERANCE, assert_all_close
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 
 from acmix.layers.mix import MIXES
 from acmix.layers.reduced import ReducedACmix
@@ -125,6 +126,31 @@ def test_compile() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     x = torch.randn(2, 20, 8)
     torch.testing.assert_close(compiled(x, (4, 5)), layer(x, (4, 5)))
+
+
+class OfMap(nn.Module):
+    """The layer on a map (B, H, W, dim)."""
+
+    def __init__(self, layer: ReducedACmix) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1, 2), (x.shape[1], x.shape[2]))
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_export(reduction: int) -> None:
+    """One program for maps of any size over the reduction."""
+    layer = OfMap(make_layer(reduction=reduction).float())
+    least = reduction + 1
+    dynamic = ({0: Dim("batch"), 1: Dim("height", min=least), 2: Dim("width", min=least)},)
+    program = torch.export.export(
+        layer, (torch.randn(2, 7, 6, 8),), dynamic_shapes=dynamic
+    ).module()
+    for shape in [(2, 7, 6), (3, 4, 9), (1, least, least)]:
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(program(x), layer(x))
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,27 @@ under."""
 
 import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import (
+    TOLERANCE,
+    as_function,
+    assert_all_close,
+    convolution_forms,
+    outputs_and_gradients,
+)
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
+from torch.export import Dim
 
 import acmix.layers.window as window_layer
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
 from acmix.layers.window import WindowACmix
 from acmix.ops import shift_convolution
+from acmix.ops._dispatch import choose
+from acmix.ops.partition_attention import IMPLEMENTATIONS as ATTENTION
 
 # (map, window, shift): whole windows, padded ones, windows larger than the map, and rectangles.
 GRIDS = [
@@ -39,22 +47,7 @@ def make_layer(**arguments: object) -> WindowACmix:
     return layer
 
 
-def run(layer: WindowACmix) -> Callable[..., Tensor]:
-    """The layer as a function of x and its parameters, for the gradient of each."""
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
-
-    return function
-
-
-@pytest.fixture(params=["pieces", "dense"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the folded convolution path, on any device."""
-    dense = request.param == "dense"
-    monkeypatch.setattr(window_layer, "prefers_dense", lambda x: dense)
-    return request.param
+form = convolution_forms(window_layer)
 
 
 def timm_attention(layer: WindowACmix, x: Tensor) -> Tensor:
@@ -157,7 +150,7 @@ def test_gradients() -> None:
     x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
     inputs = [x, *layer.parameters()]
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(run(layer), inputs)
+    assert torch.autograd.gradcheck(as_function(layer), inputs)
 
 
 def test_forms_have_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +159,7 @@ def test_forms_have_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for dense in (False, True):
         monkeypatch.setattr(window_layer, "prefers_dense", lambda x, dense=dense: dense)
-        results.append(outputs_and_gradients(run(layer), inputs))
+        results.append(outputs_and_gradients(as_function(layer), inputs))
     assert_all_close(*results, TOLERANCE[torch.float64])
 
 
@@ -218,12 +211,23 @@ def test_compile(dynamic: bool) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_export() -> None:
-    layer = make_layer(shift_size=1).float()
-    dynamic = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(layer, (torch.randn(2, 5, 6, 8),), dynamic_shapes=dynamic)
-    x = torch.randn(3, 5, 6, 8)
-    torch.testing.assert_close(program.module()(x), layer(x))
+@pytest.mark.parametrize("arguments", [{}, {"shift_size": 1}, {"mix": "attention"}], ids=str)
+@pytest.mark.parametrize("roll", [True, False], ids=["rolled", "unrolled"])
+def test_export(arguments: dict, roll: bool) -> None:
+    """One program for maps of any size; the portable form takes more than a window a side."""
+    layer = make_layer(roll_convolution=roll, **arguments).float()
+    native = choose("auto", ATTENTION, torch.zeros(1)) is ATTENTION["native"]
+    sides = (
+        {1: Dim("height", min=1), 2: Dim("width", min=1)} if native else {1: Dim.AUTO, 2: Dim.AUTO}
+    )
+    dynamic = ({0: Dim("batch"), **sides},)
+    program = torch.export.export(
+        layer, (torch.randn(2, 11, 6, 8),), dynamic_shapes=dynamic
+    ).module()
+    small = [(1, 4, 4), (3, 1, 3)] if native else []
+    for shape in [(2, 11, 6), (3, 8, 20), *small]:
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(program(x), layer(x))
 
 
 def test_meta_device() -> None:

@@ -155,6 +155,15 @@ def test_reads_the_sizes(name: str) -> None:
     model.load_state_dict(converted)
 
 
+@pytest.mark.parametrize("name", ["resnet38_acmix", "resnet50_acmix", "swin_small_acmix"])
+def test_other_networks_of_the_paper(name: str) -> None:
+    """Those without golden numbers: what is released fills every tensor."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        released = {key: torch.empty(shape) for key, shape in released_shapes(model).items()}
+    model.load_state_dict(from_released(released))
+
+
 @small
 def test_checkpoint_path(name: str, tmp_path: Path) -> None:
     weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
@@ -220,6 +229,34 @@ def test_any_missing_key_is_named(name: str) -> None:
         rest = {other: value for other, value in weights.items() if other != key}
         with pytest.raises(ValueError, match=re.escape(f"missing: {key}")):
             from_released(rest)
+
+
+ODD = {
+    "resnet26_acmix": ("layer1.0.conv2.", ("fc.weight", "conv_p.weight", "dep_conv.weight")),
+    "swin_tiny_acmix": (
+        "layers.0.blocks.0.attn.",
+        ("fc.weight", "relative_position_bias_table", "dep_conv.weight"),
+    ),
+}
+
+
+@small
+def test_blames_the_tensor_that_differs(name: str) -> None:
+    """In the first operator, where sizes of the network could be read; the others outvote it."""
+    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    prefix, keys = ODD[name]
+    for key in keys:
+        wrong = weights[prefix + key].repeat_interleave(2, 0).repeat_interleave(2, 1)
+        with pytest.raises(ValueError, match="got 1 that do not fit") as error:
+            from_released({**weights, prefix + key: wrong})
+        assert f"wrong shape: {prefix}{key}, " in str(error.value)
+
+
+def test_blames_fc_of_one_operator() -> None:
+    weights = under("weight/", read("resnet_module_14")[1])
+    weights["fc.weight"] = weights["fc.weight"].repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"got 1 that do not fit:\n  wrong shape: fc.weight"):
+        from_released(weights)
 
 
 @pytest.mark.parametrize(

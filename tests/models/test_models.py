@@ -11,16 +11,19 @@ import pytest
 import timm
 import torch
 from helpers import TOLERANCE
-from timm.models import model_entrypoint
+from timm.models import group_parameters, model_entrypoint, named_apply
 from timm.models._hub import save_for_hf
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.models.vision_transformer import init_weights_vit_timm
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.export import Dim
 
 import acmix.models
 from acmix.models import _registry
 from acmix.models.pvt import PATHS as TRANSFORMER_PATHS
 from acmix.models.resnet import PATHS as RESNET_PATHS
 from acmix.models.san import PATHS as SAN_PATHS
+from acmix.ops import shift_kernels
 
 RESNETS = ["resnet26", "resnet38", "resnet50", "resnet26_small", "resnet11_tiny"]
 SANS = ["san10", "san15", "san19"]
@@ -106,19 +109,49 @@ def test_odd_sizes(whole: tuple[str, nn.Module]) -> None:
                 assert feature.shape[1:] == (info["num_chs"], *expected)
 
 
-def test_parameter_groups(whole: tuple[str, nn.Module]) -> None:
-    name, model = whole
+@pytest.mark.parametrize("coarse", [False, True], ids=["blocks", "stages"])
+def test_layer_groups(whole: tuple[str, nn.Module], coarse: bool) -> None:
+    """Each parameter in one group, and groups from the stem to the head."""
+    _, model = whole
+    groups = group_parameters(model, model.group_matcher(coarse=coarse))
+    group_of = {key: group for group, keys in groups.items() for key in keys}
+    in_order = [key for key, _ in model.named_parameters()]
+    assert sum(map(len, groups.values())) == len(in_order)
+    assert group_of.keys() == set(in_order)
+    in_modules = [group_of[key] for key in in_order if "." in key]  # embeddings come before
+    assert in_modules == sorted(in_modules)
+    assert in_modules[0] == 0
+    stages = len(model.feature_info) - any(i["module"] == "act1" for i in model.feature_info)
+    assert max(in_modules) == stages + 1 if coarse else max(in_modules) >= stages + 1
+    for key in in_order:
+        if key.startswith("pos_embed"):
+            assert group_of[key] == group_of[f"patch_embed{key[-1]}.proj.weight"]
+
+
+def test_optimizer(whole: tuple[str, nn.Module]) -> None:
+    """timm's, with layer-wise decay: no weight decay for the mix, less for earlier layers."""
+    _, model = whole
     kept = model.no_weight_decay()
-    mixes = {key for key, _ in model.named_parameters() if ".mix." in key}
-    assert mixes <= kept <= {key for key, _ in model.named_parameters()}
-    count = sum(1 for _ in model.parameters())
-    for groups in (
-        param_groups_weight_decay(model, 0.05, kept),
-        param_groups_layer_decay(model, 0.05, kept, layer_decay=0.5),
-    ):
-        assert sum(len(group["params"]) for group in groups) == count
-    scales = {group["lr_scale"] for group in groups}
-    assert len(scales) > (3 if name.startswith("resnet11") else 4)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    assert {key for key in names.values() if ".mix." in key} <= kept <= set(names.values())
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.05, layer_decay=0.5)
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            key = names[parameter]
+            assert key not in found
+            found[key] = group["lr_scale"]
+            if key in kept or parameter.dim() < 2:
+                assert group["weight_decay"] == 0
+    assert found.keys() == set(names.values())
+    assert found[f"{model.default_cfg['classifier']}.weight"] == 1
+    assert found[f"{model.default_cfg['first_conv']}.weight"] == min(found.values())
+
+
+def test_no_weights_come_with_the_package(whole: tuple[str, nn.Module]) -> None:
+    name, _ = whole
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True)
 
 
 @each
@@ -178,6 +211,23 @@ def test_head(name: str) -> None:
     assert few(name, num_classes=0, global_pool="")(x).dim() == (3 if "pvt" in name else 4)
 
 
+@pytest.mark.parametrize("name", [name for name in EACH if name.endswith("acmix")])
+def test_initialisation_survives_loops(name: str) -> None:
+    """Loops of a network's own over the modules that everyone starts anew."""
+    model = few(name)
+    named_apply(init_weights_vit_timm, model)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d)):
+            nn.init.zeros_(module.weight)
+    operators = [module for module in model.modules() if hasattr(module, "shift")]
+    assert operators
+    for operator in operators:
+        kernels = operator.shift.weight
+        assert torch.equal(kernels, shift_kernels(len(kernels), operator.kernel_conv))
+        assert operator.fc_weight.any()
+        assert operator.mix.alpha.item() == operator.mix.beta.item() == 0.5
+
+
 @each
 def test_channels_of_the_image(name: str) -> None:
     model = few(name, in_chans=4)
@@ -233,8 +283,9 @@ def test_bfloat16(name: str) -> None:
 SHALLOW = {
     "resnet11_tiny_acmix": {},
     "san10_acmix": {"depths": (1, 1), "widths": (32, 64), "kernels": (3, 5)},
-    "pvt_tiny_acmix": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 20, 16), "img_size": 64},
-    "swin_tiny_acmix": {"depths": (2,), "embed_dim": 24},
+    "pvt_tiny_acmix": {"depths": (1, 1), "embed_dims": (8, 16), "img_size": 64}
+    | {"heads": (1, 2), "reductions": (4, 1), "mlp_ratios": (2, 2)},
+    "swin_tiny_acmix": {"depths": (2, 1), "embed_dim": 12, "num_heads": (2, 4), "img_size": 64},
 }
 shallow = pytest.mark.parametrize("name", SHALLOW)
 
@@ -249,12 +300,28 @@ def test_compile(name: str) -> None:
 
 @shallow
 def test_export(name: str) -> None:
+    """A program of one map for maps of any size, its own and img_size among them."""
     model = timm.create_model(name, **SHALLOW[name]).eval()
-    program = torch.export.export(
-        model, (image(model, name),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
-    x = image(model, name, batch=3)
-    torch.testing.assert_close(program.module()(x), model(x))
+    dynamic = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
+    x = torch.randn(2, channels(model), 96, 72)
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
+    for shape in [(2, 96, 72), (3, 64, 64), (1, 97, 131), (4, 57, 160)]:
+        x = torch.randn(shape[0], channels(model), *shape[1:])
+        torch.testing.assert_close(program(x), model(x))
+
+
+@shallow
+def test_onnx(name: str) -> None:
+    """Our operators are not ONNX's: the exported graph holds none of them."""
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = timm.create_model(name, **SHALLOW[name]).eval()
+    x = torch.randn(2, channels(model), 24, 24)
+    exported = torch.onnx.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},), verbose=False)
+    session = reference.ReferenceEvaluator(exported.model_proto)
+    x = torch.randn(3, channels(model), 24, 24)
+    (logits,) = session.run(None, {session.input_names[0]: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x))
 
 
 @each
@@ -269,14 +336,57 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 
 
 @shallow
-def test_local_directory(name: str, tmp_path: Path) -> None:
-    """timm's saved form, with the arguments that the model was made of."""
-    arguments = {"num_classes": 7, "acmix_kwargs": {"mix": "convex"}}
+def test_local_directory_and_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's saved form, with the arguments that the model was made of; from a folder, and from the
+    hub's cache, where a repository that was downloaded lies."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = {"num_classes": 7, "acmix_kwargs": {"mix": "convex"}, **SHALLOW[name]}
     model = timm.create_model(name, **arguments).eval()
-    save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    repository = tmp_path / "models--someone--network"
+    folder = repository / "snapshots" / ("0" * 40)
+    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(folder.name)
     x = image(model, name)
-    assert torch.equal(again(x), model(x))
+    for source in (f"local-dir:{folder}", "hf-hub:someone/network"):
+        again = timm.create_model(source, pretrained=True, cache_dir=tmp_path).eval()
+        assert torch.equal(again(x), model(x))
+
+
+WRONG = [
+    ("resnet26_attn", "resnet26_conv", "layer1.0.conv2.qkv_weight"),
+    ("resnet26_acmix", "pvt_tiny_acmix", "layer1.0.conv2.shift.weight"),
+    ("san10_attn", "san10_pairwise", "layer0.0.sam.conv_w.0.weight"),
+    ("san10_acmix", "san10_attn", "layer0.0.sam.mix.alpha"),
+    ("pvt_tiny_acmix", "swin_tiny_acmix", "pos_embed1"),
+    ("swin_tiny_acmix", "swin_tiny_attn", "layers.0.blocks.0.attn.fc_weight"),
+    ("swin_tiny_attn", "resnet26_conv", "layers.0.blocks.0.attn.qkv.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "other", "key"), WRONG)
+def test_checkpoint_of_another_model(name: str, other: str, key: str, tmp_path: Path) -> None:
+    """What does not fit is listed."""
+    torch.save(few(other).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict") as error:
+        few(name, checkpoint_path=tmp_path / "model.pth")
+    assert key in str(error.value)
+
+
+@each
+def test_wrong_images(name: str) -> None:
+    model = few(name).eval()
+    for x, message in [
+        (torch.zeros(1, channels(model), 0, 8), "x: expected a map of 1x1 or more"),
+        (torch.zeros(1, 5, 8, 8), "x: expected . channels, got 5"),
+        (torch.zeros(channels(model), 8, 8), r"x: expected 4 dimensions \(B, C, H, W\), got 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(x)
+        with pytest.raises(ValueError, match=message):
+            model.forward_intermediates(x)
 
 
 @each

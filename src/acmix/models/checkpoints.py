@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -245,8 +246,8 @@ def _operator_like(released: Mapping[str, Any]) -> ACmix2d:
     return ACmix2d(
         _size(released, "conv1.weight", 1, 64),
         out_channels,
-        heads=_heads(released, "", out_channels),
-        kernel_conv=_odd(_size(released, "dep_conv.weight", 2, 3)),
+        heads=_heads(released, [""], out_channels),
+        kernel_conv=_kernel(released, [""]),
     )
 
 
@@ -256,14 +257,19 @@ def _resnet_like(released: Mapping[str, Any]) -> nn.Module:
     depths = _depths(released, r"layer([1-4])\.(\d+)\.", first=1, least_stages=3)
     stages = range(1, len(depths) + 1)
     widths = [_size(released, f"layer{i}.0.conv1.weight", 0, 32 * 2**i) for i in stages]
+    operators = [
+        f"layer{stage}.{block}.conv2"
+        for stage, depth in zip(stages, depths, strict=True)
+        for block in range(depth)
+    ]
     return ACmixResNet(
         depths,
         channels=widths,
         in_chans=_size(released, "conv1.weight", 1, 3),
         num_classes=_size(released, "fc.weight", 0, 1000),
         acmix_kwargs={
-            "heads": _heads(released, "layer1.0.conv2", math.gcd(*widths)),
-            "kernel_conv": _odd(_size(released, "layer1.0.conv2.dep_conv.weight", 2, 3)),
+            "heads": _heads(released, operators, math.gcd(*widths)),
+            "kernel_conv": _kernel(released, operators),
         },
     )
 
@@ -272,10 +278,14 @@ def _swin_like(released: Mapping[str, Any]) -> nn.Module:
     from acmix.models.swin import ACmixSwin  # it imports this module
 
     depths = _depths(released, r"layers\.(\d)\.blocks\.(\d+)\.", first=0, least_stages=1)
-    attention = [f"layers.{i}.blocks.0.attn" for i in range(len(depths))]
+    stages = [
+        [f"layers.{stage}.blocks.{block}.attn" for block in range(depth)]
+        for stage, depth in enumerate(depths)
+    ]
+    operators = [name for names in stages for name in names]
     width = _size(released, "patch_embed.proj.weight", 0, 96)
-    table = _size(released, f"{attention[0]}.relative_position_bias_table", 0, 13**2)
-    kernel_conv = _odd(_size(released, f"{attention[0]}.dep_conv.weight", 2, 3))
+    tables = [f"{name}.relative_position_bias_table" for name in operators]
+    table = _usual((_size(released, key, 0, 0) for key in tables), 13**2)
     patch = _size(released, "patch_embed.proj.weight", 2, 4)
     window = (math.isqrt(table) + 1) // 2
     return ACmixSwin(
@@ -286,11 +296,9 @@ def _swin_like(released: Mapping[str, Any]) -> nn.Module:
         num_classes=_size(released, "head.weight", 0, 1000),
         embed_dim=width,
         depths=depths,
-        num_heads=[
-            _heads(released, name, width * 2**stage) for stage, name in enumerate(attention)
-        ],
+        num_heads=[_heads(released, names, width * 2**stage) for stage, names in enumerate(stages)],
         window_size=window,
-        acmix_kwargs={"kernel_conv": kernel_conv},
+        acmix_kwargs={"kernel_conv": _kernel(released, operators)},
     )
 
 
@@ -311,15 +319,23 @@ def _size(released: Mapping[str, Any], key: str, dimension: int, default: int) -
     return shape[dimension] if len(shape) > dimension and shape[dimension] > 0 else default
 
 
-def _heads(released: Mapping[str, Any], operator: str, channels: int) -> int:
-    """The heads of an operator, from whichever of its tensors is there to tell."""
-    candidates = (
-        _size(released, _join(operator, "fc.weight"), 1, 0) // 3,
-        _size(released, _join(operator, "relative_position_bias_table"), 1, 0),
-        channels // _size(released, _join(operator, "conv_p.weight"), 0, channels),
-    )
-    return next((heads for heads in candidates if heads > 0 and channels % heads == 0), 1)
+def _usual(sizes: Iterable[int], default: int) -> int:
+    """The most frequent size, so that `_check` blames the tensors that differ; 0 is none."""
+    counts = Counter(size for size in sizes if size > 0)
+    return counts.most_common(1)[0][0] if counts else default
 
 
-def _odd(size: int) -> int:
-    return size if size % 2 else 3
+def _heads(released: Mapping[str, Any], operators: Iterable[str], channels: int) -> int:
+    """The heads of operators of one kind, as most of their tensors tell."""
+    found = []
+    for name in operators:
+        width = _size(released, _join(name, "conv1.weight"), 0, 0)
+        found.append(width // _size(released, _join(name, "conv_p.weight"), 0, width + 1))
+        found.append(_size(released, _join(name, "relative_position_bias_table"), 1, 0))
+        found.append(_size(released, _join(name, "fc.weight"), 1, 0) // 3)
+    return _usual((heads for heads in found if heads and channels % heads == 0), 1)
+
+
+def _kernel(released: Mapping[str, Any], operators: Iterable[str]) -> int:
+    sides = (_size(released, _join(name, "dep_conv.weight"), 2, 0) for name in operators)
+    return _usual((side for side in sides if side % 2), 3)

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from acmix.layers.reduced import ReducedACmix
 from acmix.models import checkpoints
+from acmix.models._network import (
+    PaddedPatchEmbed,
+    StagedNetwork,
+    default_cfg,
+    mixing_weights,
+)
 from acmix.models._registry import check_kwargs, register_model
 from acmix.ops._checks import check_choice
 
@@ -65,7 +68,7 @@ class ACmixPVTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class ACmixPVT(nn.Module):
+class ACmixPVT(StagedNetwork):
     """PVT v1, the attention of every block as `path` says.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes), any H, W >= 1: patches are padded by zeros and
@@ -89,6 +92,8 @@ class ACmixPVT(nn.Module):
             or the path has no use for, other than one number a stage, and a reduction in the last
             stage, which has a class token.
     """
+
+    parts, first_stage = ("patch_embed", "pos_embed", "block"), 1
 
     def __init__(
         self,
@@ -116,15 +121,14 @@ class ACmixPVT(nn.Module):
         operator = dict(acmix_kwargs or {}) if path == "acmix" else {"mix": "attention"}
         self.path, self.in_chans, self.depths = path, in_chans, tuple(depths)
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.grad_checkpointing = False
         self.feature_info = []
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_sizes = []
-        for index, depth in enumerate(depths):
+        for index in range(len(depths)):
             stage, dim = index + 1, embed_dims[index]
             patch = 4 if index == 0 else 2
-            embed = PatchEmbed(
+            embed = PaddedPatchEmbed(
                 (height, width),
                 patch,
                 in_chans if index == 0 else embed_dims[index - 1],
@@ -132,7 +136,6 @@ class ACmixPVT(nn.Module):
                 norm_layer=nn.LayerNorm,
                 output_fmt="NHWC",
                 strict_img_size=False,
-                dynamic_img_pad=True,
             )
             height, width = -(-height // patch), -(-width // patch)
             self.grid_sizes.append((height, width))
@@ -145,12 +148,12 @@ class ACmixPVT(nn.Module):
                     heads[index],
                     reductions[index],
                     mlp_ratios[index],
-                    rates[sum(depths[:index]) + block],
+                    rate,
                     proj_drop_rate,
                     attn_drop_rate,
                     **operator,
                 )
-                for block in range(depth)
+                for rate in rates[index]
             ]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             reduction = 4 * 2**index
@@ -175,15 +178,10 @@ class ACmixPVT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Embeddings; alpha and beta, which decay would pull towards nothing."""
-        names = {name for name, _ in self.named_parameters()}
-        return {
-            name
-            for name in names
-            if name.startswith("pos_embed")
-            or name == "cls_token"
-            or name.endswith((".mix.alpha", ".mix.beta"))
-        }
+        """Embeddings; alpha and beta."""
+        names = (name for name, _ in self.named_parameters())
+        embeddings = {name for name in names if name.startswith(("pos_embed", "cls_token"))}
+        return embeddings | mixing_weights(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the layers, for layer-wise learning rates."""
@@ -194,9 +192,6 @@ class ACmixPVT(nn.Module):
             (r"^norm|^cls_token", (99999,)),
         ]
         return {"stem": r"^(?:patch|pos)_embed1", "blocks": stages if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -216,7 +211,7 @@ class ACmixPVT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The tokens of the last stage, class token first: (B, 1 + H * W, C)."""
-        return self._stages(x)[0]
+        return self._stages(x, len(self.depths))[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool == "token":
@@ -226,48 +221,20 @@ class ACmixPVT(nn.Module):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of chosen stages, without the class token; arguments as timm's."""
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        taken, last = feature_take_indices(len(self.depths), indices)
-        out, maps = self._stages(x, last + 1 if stop_early else len(self.depths), norm)
-        maps = [maps[index] for index in taken]
-        return maps if intermediates_only else (out, maps)
-
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last of `indices`, the final norm and the head."""
-        taken, last = feature_take_indices(len(self.depths), indices)
-        for stage in range(last + 2, len(self.depths) + 1):
-            for name in ("patch_embed", "pos_embed", "block"):
-                delattr(self, f"{name}{stage}")
-        pruned = last + 1 < len(self.depths)
-        self.depths = self.depths[: last + 1]
-        if prune_norm or pruned:
+        stages = len(self.depths)
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm or len(self.depths) < stages:
             self.norm = nn.Identity()
-        if prune_head or pruned:
-            self.reset_classifier(0, "")
         return taken
 
-    def _stages(
-        self, x: Tensor, stop: int | None = None, norm: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The tokens after the stages up to `stop`, and the map of each stage."""
+    def _stages(self, x: Tensor, stop: int, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
         maps = []
         tokens = x
-        for index in range(len(self.depths) if stop is None else stop):
+        for index in range(stop):
             tokens, size = self._stage(x, index)
             final = index == len(self.grid_sizes) - 1
             normed = self.norm(tokens) if final else tokens
@@ -288,10 +255,7 @@ class ACmixPVT(nn.Module):
         position = self.get_parameter(f"pos_embed{stage}")
         x = self.pos_drop(x + resize_position(position, self.grid_sizes[index], size))
         for block in self.get_submodule(f"block{stage}").children():
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, size, use_reentrant=False)
-            else:
-                x = block(x, size)
+            x = self._run_block(block, x, size)
         return x, size
 
 
@@ -308,7 +272,8 @@ def check_stages(depths: Sequence[int], *others: Sequence[float]) -> None:
 
 def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Position embeddings (1, [1 +] tokens, C) of a grid for another; a class token's stays."""
-    if old == new:
+    # Compared with an exported graph's symbolic size, it would exclude the old one from the graph.
+    if not isinstance(new[0], torch.SymInt) and old == new:
         return position
     extra = position.shape[1] - old[0] * old[1]
     grid = position[:, extra:].transpose(1, 2).unflatten(2, old)
@@ -353,21 +318,14 @@ def _create_pvt(variant: str, pretrained: bool, **kwargs: Any) -> ACmixPVT:
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed1.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2111.14556",
-        **kwargs,
-    }
+def _cfg() -> dict[str, Any]:
+    return default_cfg(
+        pool_size=None,
+        crop_pct=0.9,
+        interpolation="bicubic",
+        first_conv="patch_embed1.proj",
+        classifier="head",
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck, ResNet
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 
 from acmix.layers import ACmix2d
 from acmix.models import checkpoints
+from acmix.models._network import default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
-from acmix.ops._checks import check_choice
+from acmix.ops._checks import check_choice, check_map
 
 PATHS = ("conv", "attn", "acmix")
 STEMS = ("imagenet", "small")
@@ -82,6 +82,7 @@ class ACmixResNet(ResNet):
             images of 32x32 and below.
         output_stride: of the last stage; later stages are dilated instead of strided to keep it.
             8, 16 or 32, and 2, 4 or 8 with the small stem. None is the largest.
+        in_chans: channels of the image.
         kwargs: as timm's `ResNet` takes them.
 
     Raises:
@@ -98,6 +99,7 @@ class ACmixResNet(ResNet):
         channels: Sequence[int] = (64, 128, 256, 512),
         stem: str = "imagenet",
         output_stride: int | None = None,
+        in_chans: int = 3,
         **kwargs: Any,
     ) -> None:
         check_choice("path", path, PATHS)
@@ -120,11 +122,12 @@ class ACmixResNet(ResNet):
             block,
             tuple(layers),
             channels=tuple(channels),
+            in_chans=in_chans,
             output_stride=output_stride * 4 // stem_stride,
             block_args={"path": path, "acmix_kwargs": acmix_kwargs},
             **kwargs,
         )
-        self.path = path
+        self.path, self.in_chans = path, in_chans
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # timm's forward names four stages
         if stem == "small":
@@ -149,15 +152,18 @@ class ACmixResNet(ResNet):
             feature["reduction"] //= stride
 
     def no_weight_decay(self) -> set[str]:
-        """alpha and beta: decay would pull both paths towards nothing."""
-        names = (name for name, _ in self.named_parameters())
-        return {name for name in names if name.endswith((".mix.alpha", ".mix.beta"))}
+        return mixing_weights(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As `nn.Module.load_state_dict`, for our keys and those of released checkpoints."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict, assign)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map of the last stage, (B, C, H / output_stride, W / output_stride)."""
+        check_map("x", x, self.in_chans)
+        return super().forward_features(x)
 
     def forward_intermediates(
         self,
@@ -169,6 +175,7 @@ class ACmixResNet(ResNet):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """As timm's; an empty fourth stage is not counted."""
+        check_map("x", x, self.in_chans)
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(
             x, taken, norm, stop_early, output_fmt, intermediates_only
@@ -217,20 +224,8 @@ def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> ACmixResNet
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2111.14556",
-        **kwargs,
-    }
+    defaults = {"crop_pct": 0.875, "interpolation": "bilinear"}
+    return default_cfg(first_conv="conv1", classifier="fc", **{**defaults, **kwargs})
 
 
 _SMALL = {"num_classes": 10, "input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0}

@@ -13,17 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, create_classifier
+from timm.layers import DropPath, calculate_drop_path_rates, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from acmix.layers.patchwise import PairwiseAttention, PatchwiseACmix
 from acmix.models import checkpoints
+from acmix.models._network import StagedNetwork, default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
-from acmix.ops._checks import check_choice
+from acmix.ops._checks import check_choice, check_map
 
 PATHS = ("pairwise", "attn", "acmix")
 ACMIX_KWARGS = {
@@ -60,7 +58,7 @@ class ACmixSANBlock(nn.Module):
         return x + self.drop_path(self.conv(self.relu(self.bn2(out))))
 
 
-class ACmixSAN(nn.Module):
+class ACmixSAN(StagedNetwork):
     """SAN, the self-attention of every block as `path` says.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes), any H, W >= 1: a pool of an odd side keeps its
@@ -83,6 +81,8 @@ class ACmixSAN(nn.Module):
             path has no use for, other than one number a stage, and widths of another multiple.
     """
 
+    parts, first_stage = ("conv", "layer", "bn"), 0
+
     def __init__(
         self,
         depths: Sequence[int],
@@ -103,19 +103,17 @@ class ACmixSAN(nn.Module):
         check_stages(depths, widths, kernels)
         self.path, self.in_chans, self.depths = path, in_chans, tuple(depths)
         self.num_features = self.head_hidden_size = widths[-1]
-        self.grad_checkpointing = False
         self.feature_info = []
         self.conv_in = nn.Conv2d(in_chans, widths[0], 1, bias=False)
         self.bn_in = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(2, 2, ceil_mode=True)
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         before = widths[0]
-        for stage, (depth, width, kernel) in enumerate(zip(depths, widths, kernels, strict=True)):
-            first = sum(depths[:stage])
+        for stage, (width, kernel) in enumerate(zip(widths, kernels, strict=True)):
             blocks = (
                 ACmixSANBlock(width, kernel, path, rate, **(acmix_kwargs or {}))
-                for rate in rates[first : first + depth]
+                for rate in rates[stage]
             )
             self.add_module(f"conv{stage}", nn.Conv2d(before, width, 1, bias=False))
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
@@ -127,9 +125,7 @@ class ACmixSAN(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def no_weight_decay(self) -> set[str]:
-        """alpha and beta: decay would pull both paths towards nothing."""
-        names = (name for name, _ in self.named_parameters())
-        return {name for name in names if name.endswith((".mix.alpha", ".mix.beta"))}
+        return mixing_weights(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the layers, for layer-wise learning rates."""
@@ -137,9 +133,6 @@ class ACmixSAN(nn.Module):
         # A transition goes with the first block of its stage, a norm at the end with the last.
         blocks = [(r"^conv(\d+)", (0,)), (r"^layer(\d+)\.(\d+)", None), (r"^bn(\d+)", (99999,))]
         return {"stem": r"^(?:conv|bn)_in", "blocks": stages if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -161,41 +154,8 @@ class ACmixSAN(nn.Module):
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of chosen stages, each after its norm; arguments as timm's."""
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        taken, last = feature_take_indices(len(self.depths), indices)
-        out, maps = self._stages(x, last + 1 if stop_early else len(self.depths))
-        maps = [maps[index] for index in taken]
-        return maps if intermediates_only else (out, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices` and the head."""
-        taken, last = feature_take_indices(len(self.depths), indices)
-        for stage in range(last + 1, len(self.depths)):
-            for name in ("conv", "layer", "bn"):
-                delattr(self, f"{name}{stage}")
-        pruned = last + 1 < len(self.depths)
-        self.depths = self.depths[: last + 1]
-        if prune_head or pruned:
-            self.reset_classifier(0, "")
-        return taken
-
-    def _stages(self, x: Tensor, stop: int) -> tuple[Tensor, list[Tensor]]:
-        """The map after the stages up to `stop`, and that of each."""
+    def _stages(self, x: Tensor, stop: int, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
+        check_map("x", x, self.in_chans)
         x = self.relu(self.bn_in(self.conv_in(x)))
         maps = []
         for stage in range(stop):
@@ -206,7 +166,7 @@ class ACmixSAN(nn.Module):
     def _stage(self, x: Tensor, stage: int) -> Tensor:
         x = self.get_submodule(f"conv{stage}")(self.pool(x))
         for block in self.get_submodule(f"layer{stage}").children():
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            x = self._run_block(block, x)
         return self.relu(self.get_submodule(f"bn{stage}")(x))
 
 
@@ -248,21 +208,10 @@ def _create_san(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSAN:
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv_in",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2111.14556",
-        **kwargs,
-    }
+def _cfg() -> dict[str, Any]:
+    return default_cfg(
+        crop_pct=0.875, interpolation="bilinear", first_conv="conv_in", classifier="fc"
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -11,10 +11,8 @@ The network is timm's Swin, and so are its parameter names; the operator of bloc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from acmix.layers.window import WindowACmix
 from acmix.models import checkpoints
+from acmix.models._network import PaddedPatchEmbed, default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
 from acmix.ops._checks import check_choice
 
@@ -110,7 +109,7 @@ class ACmixSwin(SwinTransformer):
     ) -> None:
         check_choice("path", path, PATHS)
         check_kwargs("acmix_kwargs", acmix_kwargs or {}, ACMIX_KWARGS if path == "acmix" else ())
-        kwargs.setdefault("embed_layer", partial(PatchEmbed, dynamic_img_pad=not strict_img_size))
+        kwargs.setdefault("embed_layer", PatchEmbed if strict_img_size else PaddedPatchEmbed)
         super().__init__(strict_img_size=strict_img_size, **kwargs)
         self.path = path
         if path == "acmix":
@@ -120,9 +119,8 @@ class ACmixSwin(SwinTransformer):
                 stage.blocks = nn.Sequential(*blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Position biases; alpha and beta, which decay would pull towards nothing."""
-        kept = ("relative_position_bias_table", ".mix.alpha", ".mix.beta")
-        return {name for name, _ in self.named_parameters() if name.endswith(kept)}
+        """Position biases; alpha and beta."""
+        return super().no_weight_decay() | mixing_weights(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -167,21 +165,10 @@ def _create_swin(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSwin:
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2111.14556",
-        **kwargs,
-    }
+def _cfg() -> dict[str, Any]:
+    return default_cfg(
+        crop_pct=0.9, interpolation="bicubic", first_conv="patch_embed.proj", classifier="head.fc"
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -66,7 +66,10 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def why_not_transformed(*tensors: Tensor) -> str | None:
-    """The reason why an operator of ours cannot run on tensors inside a torch.func transform."""
+    """The reason why an operator of ours cannot run on tensors inside a torch.func transform, or on
+    the way to ONNX."""
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator"
     if torch.compiler.is_compiling():
         return None
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):

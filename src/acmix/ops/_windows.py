@@ -8,7 +8,7 @@ from torch import Tensor
 
 def output_size(size: int, stride: int) -> int:
     """Number of windows along a side: one at every `stride`-th position."""
-    return (size + stride - 1) // stride
+    return (size - 1) // stride + 1  # as PyTorch writes it: no guard has to compare the two
 
 
 def reflect(index: Tensor, size: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""`torch.ops.acmix.shift_convolution`: the convolution of the pieces as one operator with a kernel a
-device.
+"""`torch.ops.acmix.shift_convolution`: the convolution of the pieces as one operator with a kernel
+a device.
 
 It reads the pieces where they are: group c of the convolution takes channel c of every piece, in
 any layout. Where the fold of fc and the kernels (folded.fold_fc) costs less, the pieces are the
@@ -49,14 +49,20 @@ def forward(
 def convolve(
     pieces: Tensor, fc_weight: Tensor, shift_weight: Tensor, stride: int, dilation: int
 ) -> Tensor:
-    """The path without biases, by whichever form has fewer multiply-adds: J M k^2 for each pixel of
-    a group where folded, k^2 J + M k^4 where not. See docs/backends.md."""
-    inputs, outputs = pieces.shape[1], shift_weight.shape[0] // pieces.shape[2]
-    if inputs * outputs > inputs + outputs * shift_weight.shape[1]:
+    """The path without biases, by whichever form has fewer multiply-adds."""
+    if prefers_fc_apart(fc_weight, shift_weight, pieces.shape[2]):
         return torch.ops.acmix.shift_convolution(pieces, shift_weight, stride, dilation, fc_weight)
     with without_autocast(pieces):
         weight = fold_fc(fc_weight, shift_weight)
     return torch.ops.acmix.shift_convolution(pieces, weight, stride, dilation)
+
+
+def prefers_fc_apart(fc_weight: Tensor, shift_weight: Tensor, groups: int) -> bool:
+    """Whether two steps have fewer multiply-adds than their fold, for each pixel of a group k^2 J +
+    M k^4 and not J M k^2. See docs/backends.md."""
+    taps, inputs = fc_weight.shape
+    outputs = shift_weight.shape[0] // groups
+    return inputs * outputs > inputs + outputs * taps
 
 
 def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
