@@ -1,0 +1,1 @@
+"""Networks changed after they are built: converted, started warm, fused for inference."""

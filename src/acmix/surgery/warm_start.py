@@ -1,0 +1,359 @@
+"""Pretrained networks as the start of ACmix networks, of which few were ever published."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
+from torch import Tensor, nn
+
+from acmix.layers import ACmix2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix.layers.mix import ConvexMix, FixedMix, LearnedMix
+from acmix.layers.shift import LearnedShift
+from acmix.models import checkpoints, pvt
+from acmix.surgery._progress import track
+from acmix.surgery.kernel_fit import KernelFit, fit_kernel
+
+# How much of a fitted layer's output is attention, whose weights were not trained; docs/warm_start.
+ALPHA = 0.05
+
+OPERATORS = (ACmix2d, PatchwiseACmix, ReducedACmix, WindowACmix)
+# Of an operator, what plain attention does not have.
+CONVOLUTION_KEYS = ("fc_weight", "fc_bias", "shift.weight", "mix.alpha", "mix.beta")
+# torchvision's names of Swin's parts, and ours.
+TORCHVISION_SWIN = (
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"^head\.", "head.fc."),
+)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What `warm_start` did.
+
+    copied: names of the tensors that are the source's, position tables interpolated where the
+        sizes differ.
+    fitted: by name of the layer, the relative residual ||path - kernel|| / ||kernel|| of its
+        convolution path.
+    exact: names of the operators that compute the source's attention, with a convolution path that
+        starts from zero.
+    kept: names of the tensors outside the operators that stay as the model has them.
+    """
+
+    copied: tuple[str, ...]
+    fitted: Mapping[str, float]
+    exact: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.copied)} tensors copied"]
+        if self.exact:
+            lines.append(f"{len(self.exact)} operators compute the source's attention")
+        if self.fitted:
+            lines.append(f"{len(self.fitted)} kernels fitted, relative residual")
+            lines.extend(f"  {name or 'layer'}: {value:.3f}" for name, value in self.fitted.items())
+        if self.kept:
+            lines.append(f"{len(self.kept)} tensors kept: {', '.join(self.kept)}")
+        return "\n".join(lines)
+
+
+def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmStart:
+    """Start a network of ACmix from a pretrained one of the same family, in place.
+
+    Where the source has attention (Swin, PVT, SAN, a stand-alone attention), all of it is kept, and
+    the last weights of the convolution path are zero while beta is not: the model computes what the
+    source does, and the path receives gradients from the first step on. Where the source has a
+    convolution (the 3x3 of a ResNet), the convolution path is the nearest that it can be in least
+    squares, and attention gets the small weight alpha = 0.05; with mix="sum" it cannot be small.
+
+    Everything else is copied, but for a classifier of other classes, which stays the model's.
+    Position tables and embeddings of other sizes are interpolated.
+
+    Args:
+        model: a network of `acmix.models`, an operator alone, or any network whose names are the
+            source's but for the operators; with its dtype, on its device.
+        source: a network of timm or torchvision (`resnet50`, `swin_t`, ...), one of ours without
+            convolution paths ("conv", "attn"), or the state dict of one, of PVT v1, Swin or SAN,
+            also under "model" or "state_dict". For an `ACmix2d` alone a convolution, for a
+            `WindowACmix` timm's `WindowAttention`.
+
+    Returns:
+        What was copied, fitted and kept.
+
+    Raises:
+        ValueError: where anything does not fit: it lists what, and the model is left as it was.
+        TypeError: for other types.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(f"source: expected a module or a state dict, got {type(source).__name__}")
+    if isinstance(model, ACmix2d) and isinstance(source, nn.Conv2d):
+        check_geometry(model, source)
+    given = source.state_dict() if isinstance(source, nn.Module) else source
+    weights = at_sizes(our_names(checkpoints.unwrap(given), model), model)
+    operators = {name: m for name, m in model.named_modules() if isinstance(m, OPERATORS)}
+    kernels = {
+        name: (weights.pop(key), weights.pop(join(name, "bias"), None))
+        for name, operator in operators.items()
+        if isinstance(operator, ACmix2d) and (key := join(name, "weight")) in weights
+    }
+    attentions = {
+        name: operator
+        for name, operator in operators.items()
+        if name not in kernels and operator.mix.weights()[1] is not None
+    }
+    state = model.state_dict()
+    own = {join(name, key) for name in attentions for key in CONVOLUTION_KEYS}
+    own |= {join(name, key) for name in kernels for key in operators[name].state_dict()}
+    drop_other_head(weights, model)
+    problems = [
+        *problems_of_tensors(weights, state, own, head_name(model)),
+        *(p for name in kernels for p in problems_of_kernel(name, operators[name], *kernels[name])),
+        *(p for name, operator in attentions.items() for p in problems_of_mix(name, operator)),
+    ]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(
+            f"source: expected weights for {type(model).__name__}, got {len(problems)} that "
+            f"do not fit:\n  {lines}"
+        )
+    fits = {name: fit(operators[name], *kernels[name]) for name in track([*kernels], "fitting")}
+    with torch.no_grad():
+        for key, tensor in weights.items():
+            state[key].copy_(tensor)
+        for operator in attentions.values():
+            start_exactly(operator)
+        for name, found in fits.items():
+            start_near(operators[name], found)
+    return WarmStart(
+        copied=tuple(weights),
+        fitted={name: found.residual for name, found in fits.items()},
+        exact=tuple(attentions),
+        kept=tuple(key for key in state if key not in weights and key not in own),
+    )
+
+
+def fit_convolution(layer: ACmix2d, conv: nn.Conv2d) -> float:
+    """Start a layer from a convolution, in place: `warm_start` for a pair.
+
+    Args:
+        layer: of the convolution's channels, stride and dilation; its kernel may be larger.
+        conv: (C, C_in, k, k), of one group and the padding that keeps the map's size.
+
+    Returns:
+        The relative residual ||path - kernel|| / ||kernel||.
+
+    Raises:
+        ValueError: where the two do not fit, and the layer has no convolution path.
+    """
+    return warm_start(layer, conv).fitted[""]
+
+
+def copy_attention(layer: WindowACmix, attention: WindowAttention) -> None:
+    """Start a layer from timm's window attention, in place; it computes the same.
+
+    Raises:
+        ValueError: where the two do not fit, and the layer has no attention.
+    """
+    warm_start(layer, attention)
+
+
+def our_names(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Weights of torchvision's Swin, and of its first release, with timm's names."""
+    weights = {key: v for key, v in weights.items() if not key.endswith(checkpoints.IGNORED)}
+    if not isinstance(model, SwinTransformer):
+        return weights
+    if "features.0.0.weight" in weights:
+        return {torchvision_name(key): value for key, value in weights.items()}
+    if "layers.0.downsample.reduction.weight" in weights:
+        return {release_name(key): value for key, value in weights.items()}
+    return weights
+
+
+def torchvision_name(key: str) -> str:
+    for theirs, ours in TORCHVISION_SWIN:
+        key = re.sub(theirs, ours, key)
+    # After the patches, stages of blocks and the merging of patches before the next take turns.
+    key = re.sub(r"^features\.(\d*[13579])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks.", key)
+    return re.sub(r"^features\.(\d+)\.", lambda m: f"layers.{int(m[1]) // 2}.downsample.", key)
+
+
+def release_name(key: str) -> str:
+    key = re.sub(r"^head\.", "head.fc.", key)
+    return re.sub(
+        r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key
+    )
+
+
+def at_sizes(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Position biases and embeddings interpolated to the model's windows and image."""
+    embeddings = [value for key, value in weights.items() if key.startswith("pos_embed")]
+    if isinstance(model, pvt.ACmixPVT) and all(map(is_table, embeddings)):
+        weights = pvt.checkpoint_filter_fn(weights, model)
+    for key, ours in model.state_dict().items():
+        table: Any = weights.get(key)
+        if not key.endswith("relative_position_bias_table") or not is_table(table):
+            continue
+        square = math.isqrt(len(table)) ** 2 == len(table)
+        if square and len(table) != len(ours) and table.shape[1:] == ours.shape[1:]:
+            attention: Any = model.get_submodule(key.rpartition(".")[0])
+            window = attention.window_size
+            weights[key] = resize_rel_pos_bias_table(table, window, tuple(ours.shape))
+    return weights
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and value.dim() > 1
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Where a network of timm's kind has its classifier."""
+    network: Any = model
+    head = network.get_classifier() if hasattr(network, "get_classifier") else None
+    return next((name for name, module in network.named_modules() if module is head), None)
+
+
+def drop_other_head(weights: dict[str, Any], model: nn.Module) -> None:
+    """Leave out a classifier of other classes than the model's, or without a bias as it has."""
+    name = head_name(model)
+    if name is None:
+        return
+    prefix = f"{name}."
+    shapes = {key: value.shape for key, value in model.get_submodule(name).state_dict().items()}
+    theirs = {key for key in weights if key.startswith(prefix)}
+    if {k.removeprefix(prefix): getattr(weights[k], "shape", None) for k in theirs} != shapes:
+        for key in theirs:
+            del weights[key]
+
+
+def problems_of_tensors(
+    weights: Mapping[str, Any], state: Mapping[str, Tensor], own: set[str], head: str | None
+) -> Iterator[str]:
+    """What does not fit, of all but the kernels; `own` is what no source has."""
+    for key, value in weights.items():
+        if key not in state or key in own:
+            yield f"unknown: {key}"
+        elif not isinstance(value, Tensor):
+            yield f"no tensor: {key}, {type(value).__name__}"
+        elif value.is_meta or state[key].is_meta:
+            yield f"on the meta device: {key}"
+        elif value.shape != state[key].shape:
+            expected, got = tuple(state[key].shape), tuple(value.shape)
+            yield f"wrong shape: {key}, expected {expected}, got {got}"
+    for key in state:
+        # Old checkpoints do not have BatchNorm's counters.
+        optional = key.endswith("num_batches_tracked") or (head and key.startswith(f"{head}."))
+        if key not in weights and key not in own and not optional:
+            yield f"missing: {key}"
+
+
+def problems_of_kernel(name: str, layer: Any, weight: Any, bias: Any) -> Iterator[str]:
+    name = name or "the layer"
+    if not layer.has_convolution:
+        yield f"no convolution path in the model: {name}"
+        return
+    channels, side = (layer.out_channels, layer.in_channels), layer.kernel_conv
+    expected = f"({channels[0]}, {channels[1]}, k, k) with odd k up to {side}"
+    tensors = [weight] if bias is None else [weight, bias]
+    if not all(isinstance(value, Tensor) for value in tensors):
+        yield f"no tensor: weight or bias of {name}"
+    elif any(value.is_meta for value in (*tensors, layer.qkv_weight)):
+        yield f"on the meta device: {name}"
+    elif (
+        weight.dim() != 4
+        or weight.shape[:2] != channels
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[2] not in range(1, side + 1, 2)
+        or (bias is not None and bias.shape != channels[:1])
+    ):
+        yield f"wrong shape: kernel of {name}, expected {expected}, got {tuple(weight.shape)}"
+    elif not all(value.isfinite().all() for value in tensors):
+        yield f"not finite: kernel of {name}"
+
+
+def problems_of_mix(name: str, operator: Any) -> Iterator[str]:
+    if operator.mix.weights()[0] is None:
+        yield f"no attention in the model: {name or 'the operator'}"
+
+
+def check_geometry(layer: ACmix2d, conv: nn.Conv2d) -> None:
+    """A state dict does not tell these of a convolution; its channels and kernel it does."""
+    reach = tuple(
+        side // 2 * step for side, step in zip(conv.kernel_size, conv.dilation, strict=True)
+    )
+    same = conv.padding == "same" or conv.padding == reach
+    for name, expected, got in (
+        ("stride", (layer.stride,) * 2, conv.stride),
+        # Of a single tap it is of no effect.
+        ("dilation", (layer.dilation,) * 2, conv.dilation if any(reach) else None),
+        ("groups", 1, conv.groups),
+        ("padding", reach, reach if same else conv.padding),
+        ("padding_mode", "zeros", conv.padding_mode),
+    ):
+        if got is not None and got != expected:
+            raise ValueError(f"conv: expected {name} {expected} as the layer's, got {got}")
+
+
+def fit(layer: Any, weight: Tensor, bias: Tensor | None) -> KernelFit:
+    around = (layer.kernel_conv - weight.shape[-1]) // 2
+    learned = isinstance(layer.shift, LearnedShift)
+    sets = len(layer.shift.weight) // layer.head_dim if learned else 0
+    return fit_kernel(F.pad(weight, (around,) * 4), bias, layer.fc_weight, sets)
+
+
+def start_near(layer: Any, found: KernelFit) -> None:
+    """Write a fit, with beta divided out, and make attention small where its weight is learned."""
+    if not isinstance(layer.mix, FixedMix):
+        layer.mix.alpha.fill_(ALPHA)
+    if isinstance(layer.mix, LearnedMix):
+        layer.mix.beta.fill_(1 - ALPHA)
+    layer.qkv_weight.copy_(found.qkv_weight)
+    layer.qkv_bias.copy_(found.qkv_bias)
+    layer.fc_weight.copy_(found.fc_weight).div_(layer.mix.weights()[1])
+    if found.shift_weight is not None:
+        layer.shift.weight.copy_(found.shift_weight)
+
+
+def start_exactly(layer: Any) -> None:
+    """Compute the attention alone, whose weights are the source's already."""
+    if not isinstance(layer.mix, FixedMix):
+        layer.mix.reset_parameters()
+    if isinstance(layer.mix, LearnedMix):
+        layer.mix.alpha.fill_(1)
+    if isinstance(layer.mix, ConvexMix):
+        # beta = 1 - alpha must not be 0, or nothing of the convolution path were trained.
+        for tensor in linear_outputs(layer):
+            tensor /= layer.mix.alpha
+    if isinstance(layer.shift, LearnedShift):
+        layer.shift.weight.zero_()
+    else:
+        layer.fc_weight.zero_()
+        if hasattr(layer, "fc_bias"):
+            layer.fc_bias.zero_()
+
+
+def linear_outputs(layer: Any) -> list[Tensor]:
+    """The weights and biases that the attention's output is linear in."""
+    if not isinstance(layer, ACmix2d):
+        projection = layer.conv3 if isinstance(layer, PatchwiseACmix) else layer.proj
+        return list(projection.parameters())
+    values = slice(2 * layer.heads, None)
+    return [
+        parameter.unflatten(0, (layer.head_dim, 3 * layer.heads))[:, values]
+        for parameter in (layer.qkv_weight, layer.qkv_bias)
+    ]
+
+
+def join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
