@@ -14,9 +14,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-import acmix  # noqa: F401  registers the networks
+import acmix
 
 BATCH, SIZE, TURNS = 4, 224, 5
+RUNS = ("inference", "training step")
 PAIRS: list[tuple[str, Callable[[], nn.Module], str]] = [
     ("torchvision resnet50", torchvision.models.resnet50, "resnet50_acmix"),
     (
@@ -34,29 +35,36 @@ def measure(
     for threads in thread_counts:
         torch.set_num_threads(threads)
         for baseline, make, name in PAIRS:
-            rows += compare(baseline, make(), name, threads, origin)
+            rows += compare({baseline: make(), name: timm.create_model(name)}, threads, origin)
     show(rows, console)
     return rows
 
 
 def compare(
-    baseline: str, baseline_net: nn.Module, name: str, threads: int, origin: dict[str, str]
+    nets: dict[str, nn.Module], threads: int, origin: dict[str, str]
 ) -> list[dict[str, object]]:
-    """The two networks in turn, each in its better layout."""
-    nets = {baseline: baseline_net, name: timm.create_model(name)}
+    """A baseline and its ACmix network, as they are and fused, in turn, each in its better layout.
+
+    Fused networks are for inference, and compared with the fused baseline.
+    """
+    forms = {subject: (net, net) for subject, net in nets.items()}
+    forms |= {f"{subject} fused": (acmix.fuse(net), None) for subject, net in nets.items()}
     layouts = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
     times: dict[tuple[str, str, str], list[float]] = {}
-    for turn in track(range(TURNS + 1), description=f"{name}, {threads} thread(s)", transient=True):
-        for subject, net in nets.items():
+    what = f"{list(nets)[1]}, {threads} thread(s)"
+    for turn in track(range(TURNS + 1), description=what, transient=True):
+        for subject, both in forms.items():
             for layout, memory_format in layouts.items():
-                net = net.to(memory_format=memory_format)
                 x = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=memory_format)
-                for run, function in (("inference", infer), ("training step", train)):
-                    seconds = function(net, x)
+                for run, function, net in zip(RUNS, (infer, train), both, strict=True):
+                    if net is None:
+                        continue
+                    seconds = function(net.to(memory_format=memory_format), x)
                     if turn:  # the first warms up
                         times.setdefault((subject, layout, run), []).append(seconds)
     rows = []
     for (subject, layout, run), seconds in times.items():
+        baseline = next(iter(nets)) + (" fused" if subject.endswith(" fused") else "")
         best = min(min(t) for (s, _, r), t in times.items() if (s, r) == (baseline, run))
         rows.append(
             {
@@ -111,5 +119,5 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
             for r in rows
             if (r["subject"], r["threads"], r["layout"]) == key
         }
-        table.add_row(*map(str, key), cells["inference"], cells["training step"])
+        table.add_row(*map(str, key), *(cells.get(run, "-") for run in RUNS))
     console.print(table)
