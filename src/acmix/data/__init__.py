@@ -2,5 +2,6 @@
 
 from acmix.data.base import ImageData
 from acmix.data.digits import Digits
+from acmix.data.images import Images
 
-__all__ = ["Digits", "ImageData"]
+__all__ = ["Digits", "ImageData", "Images"]

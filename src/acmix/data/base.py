@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-Sample = tuple[Tensor, int]
+from acmix.data.loading import Sample, make_loader
 
 
 class ImageData(LightningDataModule):
@@ -21,9 +21,10 @@ class ImageData(LightningDataModule):
     """
 
     in_chans: ClassVar[int] = 3
-    mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
-    std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     class_names: list[str]
+    seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
         """Keep the loader options.
@@ -52,18 +53,16 @@ class ImageData(LightningDataModule):
         """Images for `acmix test` and `predict`: the held-out ones unless there are others."""
         return self.val_set()
 
-    def train_dataloader(self) -> DataLoader[Sample]:
-        data = self.train_set()
-        full_batches_only = len(data) >= self.batch_size  # type: ignore[arg-type]
-        return self._loader(data, shuffle=True, drop_last=full_batches_only)
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.train_set(), train=True)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.val_set())
 
-    def test_dataloader(self) -> DataLoader[Sample]:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.test_set())
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.test_set())
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -72,15 +71,14 @@ class ImageData(LightningDataModule):
         mean, std = torch.tensor(self.mean).view(shape), torch.tensor(self.std).view(shape)
         return (images.float().cpu() * std + mean).clamp(0, 1)
 
-    def _loader(
-        self, data: Dataset[Sample], *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Sample]:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader(self, data: Dataset[Sample], train: bool = False) -> DataLoader[Any]:
+        return make_loader(data, train=train, **self.loader_options())
+
+    def loader_options(self) -> dict[str, int]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+            "rank": self.trainer.global_rank if self.trainer else 0,
+            "world_size": self.trainer.world_size if self.trainer else 1,
+        }

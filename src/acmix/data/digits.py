@@ -21,8 +21,8 @@ class Digits(ImageData):
     """Handwritten digits 0 to 9, one channel of 8 x 8; a stratified part is held out."""
 
     in_chans: ClassVar[int] = 1
-    mean: ClassVar[tuple[float, ...]] = (0.305,)
-    std: ClassVar[tuple[float, ...]] = (0.376,)
+    mean: tuple[float, ...] = (0.305,)
+    std: tuple[float, ...] = (0.376,)
 
     def __init__(
         self,

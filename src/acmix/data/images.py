@@ -1,0 +1,299 @@
+"""Images with a class each, from one of several sources, cropped and augmented by timm."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL.Image import Image
+from sklearn.model_selection import train_test_split
+from timm.data import create_transform, resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from acmix.data.base import ImageData
+from acmix.data.loading import Sample
+from acmix.data.shards import Shards, ShardStream, make_shard_loader, open_shards
+from acmix.data.sources import SPLITS, Labelled, open_split, split_names
+
+Transform = Callable[[Image], Tensor]
+
+
+class Images(ImageData):
+    """Colour images with a class each, from one of several sources."""
+
+    def __init__(
+        self,
+        source: str,
+        root: str | None = None,
+        download: bool = False,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.0,
+        split_seed: int = 0,
+        image_key: str = "image",
+        label_key: str = "label",
+        like: str | None = None,
+        img_size: int | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        crop_padding: int = 0,
+        scale: tuple[float, float] = (0.08, 1.0),
+        hflip: float = 0.5,
+        color_jitter: float = 0.0,
+        auto_augment: str | None = None,
+        re_prob: float = 0.0,
+        transform_kwargs: dict[str, Any] | None = None,
+        max_corrupt: int = 0,
+        shuffle_buffer: int = 2000,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        """Open the source: its classes are known then.
+
+        Args:
+            source: A folder with CLASS/IMAGE in it, or with train/, val/ and test/ of that form;
+                `torchvision/cifar10` and the like; `hfds/NAME` of the Hugging Face hub, or a
+                folder that its library reads; `wds/PATH` with WebDataset shards.
+            root: Folder of torchvision's files (`data` by default), or of Hugging Face's cache.
+            download: Let torchvision download what is not there.
+            train_split: Name of the part to learn from; by default train, training or trainval.
+            val_split: Name of the held-out part; by default val, valid, validation or eval.
+            test_split: Name of the part for `acmix test`; by default test, else the held-out part.
+            val_fraction: Hold out this part of every class of the training images instead.
+            split_seed: Seed of the choice of held-out images; apart from the training seed.
+            image_key: Column of the images of a Hugging Face data set.
+            label_key: Column of their classes.
+            like: Network of timm whose input size, crop, interpolation, mean and std are the
+                defaults; without one 224 pixels, 0.875, bicubic, and those of ImageNet.
+            img_size: Height and width in pixels.
+            crop_pct: Part of a resized held-out image that its centre crop keeps.
+            interpolation: bilinear, bicubic or, in training, random.
+            mean: Of red, green and blue, to normalise with.
+            std: Of red, green and blue.
+            crop_padding: Train on crops of the whole image padded by this many pixels, as is the
+                custom for CIFAR, and keep held-out images whole; 0 for crops of any size.
+            scale: Range of the area of training crops, as a part of the image.
+            hflip: Probability of a mirrored training image.
+            color_jitter: Strength of colour jitter; timm applies none beside `auto_augment`.
+            auto_augment: RandAugment and others as timm spells them, such as rand-m9-mstd0.5-inc1.
+            re_prob: Probability of random erasing.
+            transform_kwargs: Further arguments of `timm.data.create_transform` in training.
+            max_corrupt: Unreadable images that are named and left out of a split; above 0, every
+                image is read once before the first step. Shards leave out as they go, and count
+                by epoch and process.
+            shuffle_buffer: Images among which each process that reads shards shuffles.
+            batch_size: Images a step on each device.
+            num_workers: Processes that load images; 0 loads in the training process.
+        """
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction: expected 0 to below 1, got {val_fraction}")
+        if max_corrupt < 0:
+            raise ValueError(f"data.max_corrupt: expected at least 0, got {max_corrupt}")
+        self.source = source
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.max_corrupt, self.shuffle_buffer = max_corrupt, shuffle_buffer
+        self.open_kwargs: dict[str, Any] = {"root": root, "download": download}
+        self.open_kwargs |= {"image_key": image_key, "label_key": label_key}
+        chosen = {"train": train_split, "val": val_split, "test": test_split}
+        self.splits = {part: (name,) if name else SPLITS[part] for part, name in chosen.items()}
+
+        given: dict[str, Any] = {"img_size": img_size, "interpolation": interpolation}
+        given |= {"crop_pct": 1.0 if crop_padding and crop_pct is None else crop_pct}
+        config = input_config(like, {**given, "mean": mean, "std": std})
+        self.mean, self.std = config["mean"], config["std"]
+        self.eval_transform: Transform = create_transform(**config)
+        augmentation = {"scale": scale, "hflip": hflip, "color_jitter": color_jitter or None}
+        augmentation |= {"auto_augment": auto_augment, "re_prob": re_prob}
+        self.train_transform: Transform = train_transform(
+            config, crop_padding, {**augmentation, **(transform_kwargs or {})}
+        )
+
+        self.train_images = self._open("train")
+        self.class_names = self.train_images.class_names
+        if len(self.class_names) < 2:
+            raise ValueError(f"data.source: expected 2 classes or more, got {self.class_names}")
+
+    def train_set(self) -> Dataset[Sample]:
+        if isinstance(self.train_images, Shards):
+            return self._stream(self.train_images, train=True)
+        train = (
+            self._divided(self.train_images)[0]
+            if self.val_fraction
+            else range(len(self.train_images.labels))
+        )
+        return self._image_set(self.train_images, train, self.train_transform)
+
+    def val_set(self) -> Dataset[Sample]:
+        if not self.val_fraction:
+            return self._whole("val")
+        if isinstance(self.train_images, Shards):
+            raise ValueError(f"data.val_fraction: expected 0 with wds/, got {self.val_fraction}")
+        return self._image_set(
+            self.train_images, self._divided(self.train_images)[1], self.eval_transform
+        )
+
+    def test_set(self) -> Dataset[Sample]:
+        return self._whole("test") if self._find("test") else self.val_set()
+
+    def _whole(self, part: str) -> Dataset[Sample]:
+        images = self._open(part)
+        unknown = sorted(set(images.class_names) - set(self.class_names))
+        if unknown:
+            raise ValueError(
+                f"data.source: expected the classes of training in {part}, got {unknown[0]!r} too"
+            )
+        if isinstance(images, Shards):
+            return self._stream(images, train=False)
+        return self._image_set(images, range(len(images.labels)), self.eval_transform)
+
+    def _open(self, part: str) -> Labelled | Shards:
+        if images := self._find(part):
+            return images
+        there = ", ".join(split_names(self.source)) or "no split of another name"
+        offer = " or --data.val_fraction 0.1" if part == "val" else ""
+        raise ValueError(
+            f"data.source: expected a split {' or '.join(self.splits[part])} in {self.source}, "
+            f"got {there}; name one with --data.{part}_split{offer}"
+        )
+
+    def _find(self, part: str) -> Labelled | Shards | None:
+        kind, _, path = self.source.partition("/")
+        if kind == "wds":
+            return open_shards(path, self.splits[part])
+        return open_split(self.source, self.splits[part], **self.open_kwargs)
+
+    def _divided(self, images: Labelled) -> tuple[list[int], list[int]]:
+        """Indices (learned from, held out), every class in proportion."""
+        labels = images.labels
+        if not self.val_fraction:
+            return list(range(len(labels))), []
+        try:
+            train, val = train_test_split(
+                range(len(labels)),
+                test_size=self.val_fraction,
+                random_state=self.split_seed,
+                stratify=labels,
+            )
+        except ValueError as error:  # too few images of a class
+            raise ValueError(f"data.val_fraction: {error}") from error
+        return sorted(train), sorted(val)
+
+    def _image_set(
+        self, images: Labelled, indices: Sequence[int], transform: Transform
+    ) -> ImageSet:
+        if self.max_corrupt:
+            indices = readable(images, indices, self.max_corrupt)
+        return ImageSet(images, indices, self.class_names, transform)
+
+    def _stream(self, shards: Shards, train: bool) -> ShardStream:
+        return ShardStream(
+            shards,
+            self.class_names,
+            self.train_transform if train else self.eval_transform,
+            shuffle_buffer=self.shuffle_buffer if train else 0,
+            max_corrupt=self.max_corrupt,
+        )
+
+    def _loader(self, data: Dataset[Sample], train: bool = False) -> Any:
+        if isinstance(data, ShardStream):
+            return make_shard_loader(data, train=train, **self.loader_options())
+        return super()._loader(data, train)
+
+
+class ImageSet(Dataset[Sample]):
+    """Images (3, H, W) of some indices of a source, with classes by the order of `class_names`."""
+
+    def __init__(
+        self,
+        images: Labelled,
+        indices: Sequence[int],
+        class_names: list[str],
+        transform: Transform,
+    ) -> None:
+        places = [class_names.index(name) for name in images.class_names]
+        self.images, self.indices, self.transform = images, indices, transform
+        self.classes = [places[images.labels[index]] for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(load(self.images, self.indices[index])), self.classes[index]
+
+
+def load(images: Labelled, index: int) -> Image:
+    """One image.
+
+    Raises:
+        ValueError: If it cannot be read; the message names it.
+    """
+    try:
+        return images.load(index)
+    except Exception as error:  # of a broken file, Pillow raises anything
+        raise ValueError(f"data.source: cannot read {images.name(index)}: {error}") from error
+
+
+def readable(images: Labelled, indices: Sequence[int], limit: int) -> list[int]:
+    """The indices of images that can be read; the others are named.
+
+    Raises:
+        ValueError: If more than `limit` cannot.
+    """
+
+    def complaint(index: int) -> str | None:
+        try:
+            load(images, index)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    good, bad = [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for index, said in zip(indices, threads.map(complaint, indices), strict=True):
+            if said is None:
+                good.append(index)
+                continue
+            bad += 1
+            if bad > limit:
+                threads.shutdown(cancel_futures=True)
+                raise ValueError(f"{said} (data.max_corrupt: expected {limit} at most)")
+            print(f"skipped {bad} of at most {limit}: {said}", file=sys.stderr)
+    return good
+
+
+def input_config(like: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Size, crop, interpolation, mean and std: those given, else of a network, else timm's."""
+    pretrained = get_pretrained_cfg(like) if like else None
+    if like and pretrained is None:
+        raise ValueError(f"data.like: expected a network with settings in timm, got {like!r}")
+    return resolve_data_config(given, pretrained.to_dict() if pretrained else {})
+
+
+def train_transform(
+    config: dict[str, Any], crop_padding: int, augmentation: dict[str, Any]
+) -> Transform:
+    try:
+        parts = create_transform(**{**config, **augmentation}, is_training=True, separate=True)
+    except (TypeError, AssertionError, KeyError) as error:
+        kind = augmentation["auto_augment"]
+        raise ValueError(
+            "data.auto_augment, data.transform_kwargs: expected what timm.data.create_transform "
+            f"takes, got {kind!r} ({error or type(error).__name__})"
+        ) from error
+    crop, colours, tensor = parts
+    if crop_padding:
+        size = config["input_size"][-2:]
+        resize = transforms.Resize(size, transforms.InterpolationMode(config["interpolation"]))
+        flip = transforms.RandomHorizontalFlip(augmentation["hflip"])
+        crop = transforms.Compose([resize, transforms.RandomCrop(size, crop_padding), flip])
+    return transforms.Compose([crop, colours, tensor])
