@@ -57,6 +57,7 @@ TRAIN_PACKAGES = {
     "torchmetrics": "torchmetrics",
     "matplotlib": "matplotlib",
     "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
 }
 TRAINING = ("fit", "validate", "test", "predict")
 

@@ -56,7 +56,8 @@ def run(tmp_path_factory):
 
 
 def test_files_of_a_run(run):
-    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    files = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    found = {path.parts[0] if "tensorboard" in path.parts else path.as_posix() for path in files}
     assert found == {
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
@@ -67,6 +68,7 @@ def test_files_of_a_run(run):
         "mix.png",
         "predictions.png",
         "summary.json",
+        "tensorboard",
     }
 
 
@@ -139,13 +141,14 @@ def test_the_same_seed_gives_the_same_weights_and_an_earlier_run_is_kept(run, tm
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
-    folder = tmp_path / "run"
-    assert fit(folder, "--trainer.max_epochs", "1") == 0
+    folder, falling = tmp_path / "run", ("--model.warmup_epochs", "0")
+    assert fit(folder, *falling, "--trainer.max_epochs", "1") == 0
     first = rows_of(folder / "metrics.csv")
-    assert fit(folder, "--ckpt_path", "last") == 0
+    assert fit(folder, *falling, "--trainer.max_epochs", "3", "--ckpt_path", "last") == 0
     rows = rows_of(folder / "metrics.csv")
     assert rows[:1] == first
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[1]["lr"]) > float(rows[0]["lr"]) == 0  # the schedule is longer too
     assert not (tmp_path / "run.1").exists()
 
 
@@ -313,4 +316,4 @@ def test_ctrl_c_says_what_is_saved(tmp_path):
     message = process.communicate(timeout=60)[1].strip().splitlines()[-1]
     assert process.returncode == 130
     assert message.startswith("Stopped in epoch")
-    assert f"{folder}/checkpoints/last.ckpt holds the end of epoch" in message
+    assert f"{folder}/checkpoints/last.ckpt holds step" in message

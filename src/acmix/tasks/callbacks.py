@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from acmix.analysis.paths import path_weights
 
 Row = dict[str, Any]
+CHECK_EVERY = 10  # steps: to look at a number, or ask the others, holds an accelerator up
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -40,6 +46,151 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
 
 
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt` every n steps, at the end of an epoch, and on SIGTERM, which then stops the run.
+
+    Raises `ValueError` once a loss is NaN or infinite, and never saves such a network.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.saved_step: int | None = None
+        self._terminated = False
+        self._loader_state: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loader = trainer.train_dataloader
+        if loader is not None and hasattr(loader, "state_dict"):
+            checkpoint["train_loader"] = loader.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loader_state = checkpoint.get("train_loader")
+        if Path(trainer.ckpt_path or "") == self.path:
+            self.saved_step = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning restores loaders too, but not one that was made early, to count the steps.
+        state = self._loader_state
+        if state is not None and state["epoch"] == trainer.current_epoch:
+            trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
+        self._step = trainer.global_step
+        self._first_bad = torch.full((), torch.inf, device=pl_module.device)
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's handler talks to the other processes from within the signal.
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self._terminated = True
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        finite = outputs["loss"].detach().isfinite()
+        bad_step = torch.where(finite, torch.inf, self._step + 1.0)
+        self._first_bad = torch.minimum(self._first_bad, bad_step)
+        if trainer.global_step == self._step:  # gradients are still being accumulated
+            return
+        self._step = trainer.global_step
+        due = self._step % self.every_n_steps == 0
+        if not due and pl_module.device.type != "cpu" and self._step % CHECK_EVERY:
+            return
+        stop = self._agree_to_stop(trainer)
+        # An epoch's last step is saved once it was measured: a run goes on after that.
+        if (due or stop) and not trainer.is_last_batch:
+            self._save(trainer, pl_module)
+            if stop:
+                raise SIGTERMException
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._check_weights(trainer, pl_module)  # else they might be the best at first
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop = self._agree_to_stop(trainer)
+        self._save(trainer, pl_module)
+        if stop and trainer.current_epoch + 1 != trainer.max_epochs:
+            raise SIGTERMException
+
+    def _agree_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any process was told to stop; a bad loss of any process raises in all."""
+        go_on = torch.full_like(self._first_bad, not self._terminated)
+        mine = torch.stack([self._first_bad, go_on])
+        first_bad, all_go_on = trainer.strategy.reduce(mine, reduce_op="min").tolist()
+        if first_bad < torch.inf:
+            raise ValueError(f"the loss of step {first_bad:.0f} is not finite; {self.last_good}")
+        return not all_go_on
+
+    @property
+    def last_good(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint was saved before"
+        return f"the last good checkpoint is {self.path}, of step {self.saved_step}"
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._check_weights(trainer, pl_module)
+        trainer.save_checkpoint(self.path)
+        self.saved_step = self._step
+
+    def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        finite = all(bool(weight.isfinite().all()) for weight in pl_module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            raise ValueError(f"the weights of step {self._step} are not finite; {self.last_good}")
+
+
+class TensorBoard(Callback):
+    """Loss and learning rate every few steps, and the rows of the history, for TensorBoard."""
+
+    def __init__(self, run: Path, history: History) -> None:
+        self.run = run
+        self.history = history
+        self._writer: SummaryWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # What a killed run wrote after its last checkpoint is hidden.
+            self._writer = SummaryWriter(
+                str(self.run / "tensorboard"), purge_step=trainer.global_step + 1
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if self._writer is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._write(trainer, {"loss": outputs["loss"], "lr": learning_rate(trainer)})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._writer is not None:
+            row = self.history.epochs[-1]
+            self._write(trainer, {f"epoch/{name}": value for name, value in row.items()})
+            self._writer.flush()
+
+    def _write(self, trainer: Trainer, values: Row) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, trainer.global_step)  # type: ignore[union-attr]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
 class History(Callback):
     """One row an epoch, in `metrics.csv`, and alpha and beta of every layer, in `mix.csv`.
 
@@ -52,20 +203,21 @@ class History(Callback):
         self.mix: list[Row] = []
         self.trained = False  # whether an epoch ended in this process
         self._images = 0
-        self._start = self._last = 0.0
+        self._seconds = self._last = 0.0
 
     @property
     def images_per_second(self) -> float:
         """Training speed of this epoch so far, over all devices, validation left out."""
-        return self._images / max(self._last - self._start, 1e-9)
+        return self._images / max(self._seconds, 1e-9)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.mix:
             self._record_mix(pl_module, epoch=0)
+        self._last = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._images = 0
-        self._start = self._last = time.perf_counter()
+        self._images, self._seconds = 0, 0.0
+        self._last = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -76,16 +228,18 @@ class History(Callback):
         batch_idx: int,
     ) -> None:
         self._images += len(batch[0]) * trainer.world_size
-        self._last = time.perf_counter()
+        last, self._last = self._last, time.perf_counter()
+        self._seconds += self._last - last
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
         epoch = trainer.current_epoch + 1
+        metrics = {**trainer.callback_metrics, **pl_module.train_metrics()}  # type: ignore[operator]
         measured = {
-            **{name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **{name: float(metrics[name]) for name in sorted(metrics)},
+            "lr": learning_rate(trainer),
             "images_per_second": self.images_per_second,
-            "train_seconds": self._last - self._start,
+            "train_seconds": self._seconds,
         }
         rounded = {name: float(f"{value:.6g}") for name, value in measured.items()}
         self.epochs.append({"epoch": epoch, "step": trainer.global_step, **rounded})
@@ -95,14 +249,21 @@ class History(Callback):
             write_csv(self.run / "mix.csv", self.mix)
 
     def _record_mix(self, pl_module: LightningModule, epoch: int) -> None:
-        layers = path_weights(pl_module.get_submodule("net"))
+        with pl_module.whole_weights():  # type: ignore[operator]
+            layers = path_weights(pl_module.get_submodule("net"))
         self.mix += [{"epoch": epoch, **layer._asdict()} for layer in layers]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "mix": self.mix}
+        so_far = {"images": self._images, "seconds": self._seconds}
+        return {"epochs": self.epochs, "mix": self.mix, **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self.mix = list(state_dict["epochs"]), list(state_dict["mix"])
+        self._images, self._seconds = state_dict["images"], state_dict["seconds"]
+
+
+def learning_rate(trainer: Trainer) -> float:
+    return max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

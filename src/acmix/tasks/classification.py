@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import timm
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 import acmix.models  # noqa: F401  registers our networks with timm
+from acmix.data.loading import seed_generators
 from acmix.tasks.errors import did_you_mean
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
@@ -25,6 +30,8 @@ Batch = tuple[Tensor, Tensor]
 
 class Classification(LightningModule):
     """A network by its timm name, trained with cross-entropy."""
+
+    seed: int = 0  # of what is random in a step; `acmix fit` sets it
 
     def __init__(
         self,
@@ -36,12 +43,21 @@ class Classification(LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         momentum: float = 0.9,
+        layer_decay: float | None = None,
         opt_kwargs: dict[str, Any] | None = None,
+        lr_batch_size: int | None = None,
         sched: str = "cosine",
-        warmup_epochs: int = 0,
+        warmup_epochs: float = 0,
         min_lr: float = 0.0,
         sched_kwargs: dict[str, Any] | None = None,
         smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_kwargs: dict[str, Any] | None = None,
+        ema_decay: float = 0.0,
+        ema_kwargs: dict[str, Any] | None = None,
+        channels_last: bool | None = None,
+        compile: bool = False,
     ) -> None:
         """Build the network.
 
@@ -49,45 +65,129 @@ class Classification(LightningModule):
             name: Network, as `timm.create_model` knows it.
             class_names: Names of the classes in the order of the outputs; taken from the data.
             in_chans: Channels of the images; taken from the data.
-            model_kwargs: Further arguments of the network's constructor.
+            model_kwargs: Further arguments of the network's constructor, such as drop_path_rate.
             opt: Optimizer, as `timm.optim.create_optimizer_v2` knows it.
             lr: Highest learning rate.
-            weight_decay: Weight decay; biases, norms and other vectors go without.
+            weight_decay: Weight decay; biases, norms, other vectors and what the network names in
+                `no_weight_decay` go without.
             momentum: Momentum, for the optimizers that have it.
+            layer_decay: Factor of the learning rate from each layer to the one before it.
             opt_kwargs: Further arguments of the optimizer.
+            lr_batch_size: Images a step, over all processes, that `lr` is meant for: it grows in
+                proportion to the images a step there are. Without it, `lr` is taken as it is.
             sched: Schedule of the learning rate, as `timm.scheduler.create_scheduler_v2` knows
                 it, set anew at every step.
-            warmup_epochs: Epochs in which the learning rate rises, part of the whole.
+            warmup_epochs: Epochs, or a fraction, in which the learning rate rises, part of the
+                whole.
             min_lr: Lowest learning rate at the end.
             sched_kwargs: Further arguments of the schedule.
             smoothing: Label smoothing in training; the validation loss is plain cross-entropy.
+            mixup: Alpha of mixup; 0 mixes no images.
+            cutmix: Alpha of cutmix; 0 cuts no images.
+            mixup_kwargs: Further arguments of `timm.data.Mixup`, such as prob and switch_prob.
+            ema_decay: Decay a step of a moving average of the weights, which is then what is
+                measured and predicts; 0 keeps none.
+            ema_kwargs: Further arguments of `timm.utils.ModelEmaV3`, such as use_warmup.
+            channels_last: Memory format of weights and images; by default for networks whose
+                weights are mostly convolutions.
+            compile: Run the network through `torch.compile`.
         """
         super().__init__()
         self.save_hyperparameters()
         check_known("opt", opt.lower().removeprefix("lookahead_"), map(str, list_optimizers()))
         check_known("sched", sched, SCHEDULES)
         self.net = create_net(name, in_chans, len(class_names), model_kwargs or {})
+        self.size = sum(weight.numel() for weight in self.net.parameters())
+        self.channels_last = is_convolutional(self.net) if channels_last is None else channels_last
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        with naming("ema_kwargs"):
+            ema = ModelEmaV3(self.net, ema_decay, **ema_kwargs or {}) if ema_decay else None
+        self.ema: ModelEmaV3 | None = ema
+        self.mixup = self._create_mixup()
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.eval_loss = nn.CrossEntropyLoss()
-        self.train_accuracy = MulticlassAccuracy(len(class_names), average="micro")
-        self.val_accuracy = self.train_accuracy.clone()
-        self.test_accuracy = self.train_accuracy.clone()
+        self.val_accuracy = MulticlassAccuracy(len(class_names), average="micro")
+        self.test_accuracy = self.val_accuracy.clone()
+        self.sums = torch.zeros(3)  # of this epoch and process: loss, right answers, images
 
     @property
     def class_names(self) -> list[str]:
         return self.hparams["class_names"]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        net = self.net if self.training or self.ema is None else self.ema.module
+        return net(images)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether each process holds but a part of the weights, cut out as vectors."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Within, every process has all weights, to read."""
+        if not self._sharded:
+            return nullcontext()
+        return FullyShardedDataParallel.summon_full_params(self.trainer.model, writeback=False)  # type: ignore[arg-type]
+
+    def setup(self, stage: str) -> None:
+        if self.ema is not None and self._sharded:
+            raise ValueError(f"model.ema_decay: expected 0 with FSDP, got {self.ema.decay}")
+        if self._sharded:
+            for weight in self.net.parameters():
+                weight.data = torch.atleast_1d(weight.data)  # FSDP takes no scalars
+        if stage == "fit":
+            # Before weights are cut into vectors, which go without weight decay.
+            self._optimizer = self._create_optimizer()
+
+    def configure_model(self) -> None:
+        if self.hparams["compile"]:
+            self.net.compile()
+
+    def on_train_start(self) -> None:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = self.sums.to(self.device, dtype)
+
+    def on_train_epoch_start(self) -> None:
+        self.sums = torch.zeros_like(self.sums)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What is random in a step follows from the step, so that a run can go on at any.
+        seed_generators(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(torch.initial_seed())  # other devices' generators too
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, classes = batch
+        images, targets = batch
+        if self.mixup is not None:
+            images, targets = self._mix(images, targets)
         logits = self(images)
-        loss = self.train_loss(logits, classes)
-        self.train_accuracy(logits, classes)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
-        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        loss = self.train_loss(logits, targets)
+        classes = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        right = (logits.argmax(dim=1) == classes).sum()
+        seen = torch.full_like(right, len(images))
+        self.sums += torch.stack([loss.detach() * seen, right, seen])
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.global_step + 1)
+
+    def train_metrics(self) -> dict[str, float]:
+        """Loss and accuracy of this epoch so far, over all processes."""
+        loss, right, images = self._all_sums().tolist()
+        return {"train_loss": loss / images, "train_accuracy": right / images}
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.train_metrics())
+
+    def on_validation_start(self) -> None:
+        # Batch statistics differ among processes; what is measured is what is saved.
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "val", self.val_accuracy)
@@ -110,16 +210,7 @@ class Classification(LightningModule):
         return logits.softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
-        hp = self.hparams
-        with naming("opt_kwargs"):
-            optimizer = create_optimizer_v2(
-                self.net,
-                opt=hp["opt"],
-                lr=hp["lr"],
-                weight_decay=hp["weight_decay"],
-                momentum=hp["momentum"],
-                **hp["opt_kwargs"] or {},
-            )
+        hp, optimizer = self.hparams, self._optimizer
         steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs or 1
         with naming("sched_kwargs"):
             scheduler, _ = create_scheduler_v2(
@@ -136,8 +227,23 @@ class Classification(LightningModule):
             return optimizer
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self._sharded:
+            # The norm is over all processes, which only the sharded module knows.
+            self.trainer.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
         scheduler.step_update(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["train_sums"] = self._all_sums().cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         hp = checkpoint.get("hyper_parameters", {})
@@ -147,10 +253,57 @@ class Classification(LightningModule):
                 f"the checkpoint knows {len(saved)} classes ({_few(saved)}), "
                 f"the data has {len(self.class_names)} ({_few(self.class_names)})"
             )
-        if _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
+        if not self._sharded and _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
             was, name = hp.get("name", "another network"), self.hparams["name"]
             other = f"of {was}, the model is {name}" if was != name else f"of another {name}"
             raise ValueError(f"the checkpoint is {other}: the weights differ in name or shape")
+        # The schedule follows from the step and the options: a longer run has a longer one.
+        checkpoint["lr_schedulers"] = []
+        sums = checkpoint.get("train_sums", torch.zeros(3))
+        self.sums = sums if self.global_rank == 0 else torch.zeros_like(sums)
+
+    def _all_sums(self) -> Tensor:
+        return self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        hp = self.hparams
+        with naming("opt_kwargs"):
+            return create_optimizer_v2(
+                self.net,
+                opt=hp["opt"],
+                lr=hp["lr"] * self._lr_scale(),
+                weight_decay=hp["weight_decay"],
+                momentum=hp["momentum"],
+                layer_decay=hp["layer_decay"],
+                **hp["opt_kwargs"] or {},
+            )
+
+    def _lr_scale(self) -> float:
+        """Images a step, over all processes, as a multiple of those that `lr` is meant for."""
+        meant_for, data = self.hparams["lr_batch_size"], getattr(self.trainer, "datamodule", None)
+        if meant_for is None or data is None:
+            return 1.0
+        steps = self.trainer.accumulate_grad_batches
+        return data.batch_size * self.trainer.world_size * steps / meant_for
+
+    def _create_mixup(self) -> Mixup | None:
+        hp = self.hparams
+        if not hp["mixup"] and not hp["cutmix"]:
+            return None
+        with naming("mixup_kwargs"):
+            return Mixup(
+                hp["mixup"],
+                hp["cutmix"],
+                label_smoothing=0.0,  # the loss smooths
+                num_classes=len(self.class_names),
+                **hp["mixup_kwargs"] or {},
+            )
+
+    def _mix(self, images: Tensor, classes: Tensor) -> Batch:
+        """Mixed images (B, C, H, W), and classes (B, classes) in proportion."""
+        if len(images) % 2:
+            raise ValueError(f"data.batch_size: expected even for mixup, got {len(images)} images")
+        return self.mixup(images, classes)  # type: ignore[misc]
 
 
 def create_net(
@@ -160,6 +313,16 @@ def create_net(
     if ":" not in name:  # "hf-hub:..." and the like are looked up elsewhere
         check_known("model", name.split(".")[0], timm.list_models())
     return timm.create_model(name, in_chans=in_chans, num_classes=num_classes, **model_kwargs)
+
+
+def is_convolutional(net: nn.Module) -> bool:
+    """Whether less than half of the weights, the head aside, are those of linear layers."""
+    linear = sum(
+        layer.weight.numel()
+        for layer in net.modules()
+        if isinstance(layer, nn.Linear) and layer.out_features != getattr(net, "num_classes", 0)
+    )
+    return 2 * linear < sum(weight.numel() for weight in net.parameters())
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -178,7 +341,8 @@ def naming(option: str) -> Iterator[None]:
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in weights.items()}
+    """A scalar may come as a vector of one, as FSDP has it."""
+    return {name: torch.atleast_1d(weight).shape for name, weight in weights.items()}
 
 
 def _few(names: list[str], limit: int = 3) -> str:

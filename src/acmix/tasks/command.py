@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import signal
 import sys
 import warnings
 from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
@@ -20,20 +21,28 @@ from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
 from acmix import data as data_kinds
 from acmix.data import ImageData
 from acmix.tasks import report
-from acmix.tasks.callbacks import HeldOut, History, WholeFileCheckpointIO, write_csv
+from acmix.tasks.callbacks import (
+    HeldOut,
+    History,
+    LastCheckpoint,
+    TensorBoard,
+    WholeFileCheckpointIO,
+    write_csv,
+)
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
 from acmix.tasks.errors import UserError, explain_parser, one_line, user_errors
 from acmix.tasks.progress import TrainingBar
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
-RUN_ERRORS = (ValueError, OSError, MisconfigurationException)
+RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
+TERMINATED = 128 + signal.SIGTERM
 KINDS = {name: getattr(data_kinds, name) for name in data_kinds.__all__ if name != "ImageData"}
 
 SUMMARIES = {
@@ -137,6 +146,12 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path", type=str | None, help="checkpoint to go on from, or 'last' of the run"
         )
+        parser.add_argument(
+            "--every_n_steps",
+            type=PositiveInt,
+            default=500,
+            help="steps from one last.ckpt to the next within an epoch",
+        )
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
@@ -163,27 +178,33 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             callbacks += self._fit_callbacks(chosen)
         return super().instantiate_trainer(
-            callbacks=callbacks, plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()]
+            callbacks=callbacks,
+            plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()],
+            use_distributed_sampler=False,  # our loaders divide the images among processes
         )
+
+    def after_instantiate_classes(self) -> None:
+        self.datamodule.seed = self.model.seed = int(self.config["seed_everything"])
 
     def _fit_callbacks(self, chosen: Any) -> list[Callback]:
         self.folder, self.history = RunFolder(self), History(self.run_folder)
         self.held_out = HeldOut()
         callbacks: list[Callback] = [self.folder, self.history, self.held_out]
+        callbacks.append(TensorBoard(self.run_folder, self.history))
         if chosen.enable_progress_bar is not False:
             callbacks.append(TrainingBar(self.history))
         if chosen.enable_checkpointing is not False:
-            callbacks.append(
-                ModelCheckpoint(
-                    self.run_folder / "checkpoints",
-                    filename="best",
-                    monitor="val_accuracy",
-                    mode="max",
-                    save_last=True,
-                    save_on_train_epoch_end=True,
-                    enable_version_counter=False,
-                )
+            checkpoints = self.run_folder / "checkpoints"
+            best = ModelCheckpoint(
+                checkpoints,
+                filename="best",
+                monitor="val_accuracy",
+                mode="max",
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
             )
+            last = LastCheckpoint(checkpoints / "last.ckpt", self.config["every_n_steps"])
+            callbacks += [best, last]
         return callbacks
 
 
@@ -203,8 +224,9 @@ def run(command: str, args: list[str], debug: bool = False) -> None:
         args = run_of_config(args)
         with user_errors(*SETUP_ERRORS):
             cli = TrainingCLI(command, args)
+        stages = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}
         with user_errors(*RUN_ERRORS):
-            {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}[command](cli)
+            stages[command](cli)
 
 
 def _quieten() -> None:
@@ -257,7 +279,13 @@ def fit(cli: TrainingCLI) -> None:
     if cli.trainer.is_global_zero and not cli.folder.goes_on:
         check_folder(folder)
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
+        )
+    except SIGTERMException as stop:
+        if cli.trainer.is_global_zero:
+            print(_what_is_saved(cli), file=sys.stderr)
+        raise SystemExit(TERMINATED) from stop
     except SystemExit as stop:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt(_what_is_saved(cli)) from stop
@@ -335,10 +363,10 @@ def _what_is_saved(cli: TrainingCLI) -> str:
     last = cli.run_folder / "checkpoints" / "last.ckpt"
     where = f"Stopped in epoch {cli.trainer.current_epoch + 1} of {cli.trainer.max_epochs}"
     if not last.is_file():
-        return f"{where}; no epoch was finished, so no checkpoint is saved."
-    epoch = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+        return f"{where}; no checkpoint is saved yet."
+    step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     return (
-        f"{where}; {last} holds the end of epoch {epoch}. Go on with: "
+        f"{where}; {last} holds step {step}. Go on with: "
         f"acmix fit --config {shlex.quote(f'{cli.run_folder}/config.yaml')} --ckpt_path last"
     )
 
@@ -347,7 +375,11 @@ def evaluate(cli: TrainingCLI) -> None:
     """Loss and accuracy of the checkpoint, as a table."""
     run_stage = getattr(cli.trainer, cli.command)
     [metrics] = run_stage(
-        cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli), verbose=False
+        cli.model,
+        datamodule=cli.datamodule,
+        ckpt_path=_checkpoint(cli),
+        weights_only=True,
+        verbose=False,
     )
     for name, value in metrics.items():
         shown = f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
@@ -356,7 +388,9 @@ def evaluate(cli: TrainingCLI) -> None:
 
 def predict(cli: TrainingCLI) -> None:
     """Class and confidence of every test image, in `predictions.csv` of the run folder."""
-    batches = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli))
+    batches = cli.trainer.predict(
+        cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli), weights_only=True
+    )
     confidence, predicted = torch.cat(cast("list[Tensor]", batches)).max(dim=1)
     names = cli.model.class_names
     rows = [

@@ -17,6 +17,7 @@ PARSER_KEY = re.compile(r'Parser key "(?P<key>[\w.]+)":')
 WRONG_VALUE = re.compile(
     r'Parser key "(?P<key>[\w.]+)":(?P<why>.*)Given value: (?P<value>.*)', re.S
 )
+WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*^\w+: (?P<reason>.*)", re.S | re.M)
 FIRST_REASON = re.compile(r"Errors:\s*- (?P<reason>[^\n]+)")
 EXPECTED = re.compile(r"Expected an? <class '(?P<kind>\w+)'>")
 
@@ -41,8 +42,12 @@ def one_line(error: Exception) -> str:
 
 
 def _reason(message: str) -> str:
-    """Of jsonargparse's list of what was tried, the first reason; else the message in one line."""
-    first = FIRST_REASON.search(message)
+    """The message in one line.
+
+    Of jsonargparse's list of what was tried, the first reason; of the traceback from a process
+    that loads images, its end.
+    """
+    first = FIRST_REASON.search(message) or WORKER.search(message)
     return " ".join((first["reason"] if first else message).split())
 
 

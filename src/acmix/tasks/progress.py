@@ -47,7 +47,7 @@ class TrainingBar(ProgressBar):
         self._task = self._bar.add_task(
             "starting",
             total=epochs * batches if known else None,
-            completed=int(trainer.current_epoch * batches) if known else 0,
+            completed=trainer.fit_loop.total_batch_idx + 1,
             metrics="",
         )
         self._printed = time.monotonic()
@@ -71,7 +71,7 @@ class TrainingBar(ProgressBar):
             self._print_line()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._update(trainer, float(trainer.callback_metrics["train_loss"]))
+        self._update(trainer, self.history.epochs[-1]["train_loss"])
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self._print_line()
 

@@ -12,11 +12,12 @@ import timm
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from acmix.analysis import environment, figures
 from acmix.data import ImageData
 from acmix.tasks.callbacks import HeldOut, History
+from acmix.tasks.classification import Classification
 
 SHOWN = 40
 FILES = {
@@ -25,12 +26,13 @@ FILES = {
     "right and wrong": ["predictions.png"],
     "numbers": ["metrics.csv", "mix.csv", "summary.json"],
     "checkpoint": ["checkpoints/last.ckpt"],
+    "every step": ["tensorboard"],
 }
 
 
 def write(
     run: Path,
-    network: nn.Module,
+    network: Classification,
     data: ImageData,
     history: History,
     held_out: HeldOut,
@@ -47,12 +49,12 @@ def write(
 
 
 def summarise(
-    network: nn.Module, data: ImageData, history: History, config: dict[str, Any]
+    network: Classification, data: ImageData, history: History, config: dict[str, Any]
 ) -> dict[str, Any]:
     last = history.epochs[-1] if history.epochs else {}
     return {
         "model": config["model"]["name"],
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": network.size,
         "classes": data.class_names,
         "epochs": last.get("epoch", 0),
         "steps": last.get("step", 0),
@@ -100,7 +102,7 @@ def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     if "val_accuracy" in summary:
         rows = {"held-out accuracy": f"{summary['val_accuracy']:.2%}", **rows}
     for content, files in FILES.items():
-        if there := [file for file in files if (run / file).is_file()]:
+        if there := [file for file in files if (run / file).exists()]:
             rows[content] = f"{run}/{', '.join(there)}"
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in rows.items():
