@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["convert.md"])
-def test_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+@pytest.mark.parametrize(("page", "reports"), [("README.md", 1), ("docs/convert.md", 3)])
+def test_examples_run(page: str, reports: int, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks
     names: dict[str, object] = {}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"{page}, example {number}", "exec"), names)
-    assert capsys.readouterr().out.count("swapped") == 3
+    assert capsys.readouterr().out.count("swapped") == reports
