@@ -8,6 +8,8 @@ named by the caller runs or raises: nothing falls back silently.
 
 from __future__ import annotations
 
+import importlib.util
+
 from types import ModuleType
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from acmix.ops import _native
 from acmix.ops._checks import check_choice
+from acmix.ops._library import INTERPRETED, why_not_transformed
 
 AUTO = ("triton", "native", "tiled", "reference")
 BACKENDS = ("auto", "reference", "tiled", "native", "triton")
@@ -24,7 +27,8 @@ def backends() -> dict[str, str | None]:
     """Every backend's name, with None where it can run on this machine, else the reason why not.
 
     reference: the definition, unfolded windows, any device and dtype. tiled: portable PyTorch,
-    any device and dtype. native: the C++ kernel for the CPU. triton: the kernels for the GPU.
+    any device and dtype. native: the C++ kernel for the CPU. triton: the kernels for the GPU, and
+    its convolution for the shift convolution.
     """
     return {
         "reference": None,
@@ -55,11 +59,27 @@ def choose(backend: str, implementations: dict[str, ModuleType], *tensors: Tenso
 
 def _why_not(name: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str | None:
     if name not in implementations:
-        return _triton_reason()
+        return f"the operator has no {name} kernel"
+    if name == "triton":
+        return _triton_why_not(*tensors)
     why_not = getattr(implementations[name], "why_not", None)
     return why_not(*tensors) if why_not else None
 
 
 @torch.compiler.assume_constant_result
 def _triton_reason() -> str | None:
-    return "this version of acmix has no Triton kernels yet"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "PyTorch finds no GPU"
+
+
+def _triton_why_not(tensor: Tensor, *others: Tensor) -> str | None:
+    if transformed := why_not_transformed(tensor, *others):
+        return transformed
+    if tensor.device.type not in ("cuda", "xpu") and not INTERPRETED:
+        return _triton_reason() or f"the GPU kernels take no tensors on {tensor.device.type}"
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the GPU kernels compute in float32, which is too narrow for {tensor.dtype}"
+    return _triton_reason()

@@ -6,17 +6,40 @@ operator's _fused.py, and one kernel a device, written in native.py (CPU) and tr
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Triton runs its kernels on the CPU, step by step, for tests: they then stand in for the CPU kernel.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 _library = torch.library.Library("acmix", "FRAGMENT")
 
 
 def define(name: str, schema: str) -> None:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the operator's kernel for the CPU."""
+    if INTERPRETED:
+        return lambda kernel: kernel
+    return torch.library.impl(f"acmix::{name}", "cpu")
+
+
+def register_gpu(name: str, module: str, function: str) -> None:
+    """A function of a module of Triton kernels, which is imported at the first call: `import acmix`
+    loads no Triton."""
+
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    for key in ("CUDA", "XPU", *(["CPU"] if INTERPRETED else [])):
+        _library.impl(name, kernel, key)
 
 
 def register_autocast(name: str, tensors: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acmix.ops._library import why_not_transformed
+from acmix.ops._library import INTERPRETED, why_not_transformed
 
 INTERFACE = 3  # acmix_interface() of the library that these declarations describe
 FOLDER = Path(__file__).parents[1]
@@ -92,6 +92,8 @@ class _PartitionProblem(ctypes.Structure):
 @torch.compiler.assume_constant_result
 def reason() -> str | None:
     """Why the kernel cannot run here, in one line; None where it can."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 gives the CPU to the Triton kernels"
     return _load()[1]
 
 

@@ -10,7 +10,13 @@ from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import folded, native, reference
 
 # The folded form is the portable one, which the other operators call tiled.
-IMPLEMENTATIONS = {"reference": reference, "tiled": folded, "native": native}
+# A GPU's own convolution is the best there is.
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "tiled": folded,
+    "native": native,
+    "triton": folded,
+}
 
 
 def shift_convolution(

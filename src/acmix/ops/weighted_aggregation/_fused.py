@@ -24,6 +24,10 @@ _library.define(
     "-> (Tensor grad_weight, Tensor grad_v)",
 )
 _library.register_autocast("weighted_aggregation", tensors=2)
+_library.register_gpu("weighted_aggregation", "acmix.ops.weighted_aggregation.triton", "forward")
+_library.register_gpu(
+    "weighted_aggregation_backward", "acmix.ops.weighted_aggregation.triton", "backward"
+)
 
 
 def forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acmix.ops import _native
+from acmix.ops import _library, _native
 from acmix.ops._native import why_not
 from acmix.ops.weighted_aggregation._fused import empty_output, forward
 
 __all__ = ["forward", "why_not"]
 
 
-@torch.library.impl("acmix::weighted_aggregation", "cpu")
+@_library.register_cpu("weighted_aggregation")
 def _forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:
     out = empty_output(weight, v)
     _native.aggregation_forward(weight, v, window, stride, dilation, out)
     return out
 
 
-@torch.library.impl("acmix::weighted_aggregation_backward", "cpu")
+@_library.register_cpu("weighted_aggregation_backward")
 def _backward(
     grad_out: Tensor, weight: Tensor, v: Tensor, window: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ from acmix.ops import _checks
 from acmix.ops._dispatch import choose
 from acmix.ops._library import autocast
 from acmix.ops._windows import output_size
-from acmix.ops.window_attention import native, reference, tiled
+from acmix.ops.window_attention import _fused, native, reference, tiled
 
-IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native}
+IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native, "triton": _fused}
 
 
 def window_attention(

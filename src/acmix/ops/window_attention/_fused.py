@@ -26,6 +26,8 @@ _library.define(
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position)",
 )
 _library.register_autocast("window_attention", tensors=3)
+_library.register_gpu("window_attention", "acmix.ops.window_attention.triton", "forward")
+_library.register_gpu("window_attention_backward", "acmix.ops.window_attention.triton", "backward")
 
 
 def forward(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acmix.ops import _native
+from acmix.ops import _library, _native
 from acmix.ops._native import why_not
 from acmix.ops.window_attention._fused import empty_gradients, empty_outputs, forward
 
 __all__ = ["forward", "why_not"]
 
 
-@torch.library.impl("acmix::window_attention", "cpu")
+@_library.register_cpu("window_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -30,7 +30,7 @@ def _forward(
     return out, lse
 
 
-@torch.library.impl("acmix::window_attention_backward", "cpu")
+@_library.register_cpu("window_attention_backward")
 def _backward(
     grad_out: Tensor,
     q: Tensor,
