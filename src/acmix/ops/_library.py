@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton runs its kernels on the CPU, step by step, for tests: they then stand in for the CPU kernel.
+# Triton runs its kernels on the CPU, step by step, for tests: they stand in for the CPU kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _library = torch.library.Library("acmix", "FRAGMENT")
@@ -24,7 +24,7 @@ def define(name: str, schema: str) -> None:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def register_cpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_cpu(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorates the operator's kernel for the CPU."""
     if INTERPRETED:
         return lambda kernel: kernel
@@ -66,14 +66,24 @@ def _autocast(name: str, tensors: int, device: str, key: str) -> Callable[..., A
 
 
 def empty_output(like: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Uninitialised (B, N, d, Ho, Wo), with the channels of a pixel side by side where those of
-    `like` lie closer together than its pixels, else row by row.
+    """Uninitialised (B, ..., Ho, Wo), in the layout of `output_strides`. It is no view of another
+    tensor: autograd refuses to change such an output of an operator in place."""
+    return like.new_empty_strided(size, output_strides(like, size))
+
+
+def output_strides(like: Tensor, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Of (B, ..., Ho, Wo), with the channels of a pixel side by side where those of `like`, (B, N,
+    d, H, W), lie closer together than its pixels, else row by row.
     """
-    batch, heads, head_dim, height, width = size
+    last, first = list(range(1, len(size) - 2)), [0, len(size) - 2, len(size) - 1]
+    order = list(range(len(size)))
     if min(like.stride(1), like.stride(2)) < like.stride(4):
-        out = like.new_empty((batch, height, width, heads, head_dim))
-        return out.permute(0, 3, 4, 1, 2)
-    return like.new_empty(size)
+        order = first + last
+    strides, step = [0] * len(size), 1
+    for dimension in reversed(order):
+        strides[dimension] = step
+        step *= size[dimension]
+    return tuple(strides)
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -67,10 +67,8 @@ def prefers_fc_apart(fc_weight: Tensor, shift_weight: Tensor, groups: int) -> bo
 
 def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Room for (B, C, Ho, Wo), with the channels of a pixel together where those of pieces are."""
-    batch, _, groups, height, width = pieces.shape
-    by_group = (groups, weight.shape[0] // groups)
-    size = (batch, *by_group, output_size(height, stride), output_size(width, stride))
-    return _library.empty_output(pieces, size).flatten(1, 2)
+    height, width = (output_size(side, stride) for side in pieces.shape[3:])
+    return _library.empty_output(pieces, (pieces.shape[0], weight.shape[0], height, width))
 
 
 @torch.library.register_fake("acmix::shift_convolution")

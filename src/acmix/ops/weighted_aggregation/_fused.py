@@ -40,8 +40,10 @@ def forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) 
 def empty_output(weight: Tensor, v: Tensor) -> Tensor:
     """Room for (B, Cw, C / Cw, Ho, Wo), such that (B, C, Ho, Wo) is a view of it."""
     batch, shared, each, _, _ = v.shape
-    size = (batch, each, shared, weight.shape[3], weight.shape[4])
-    return _library.empty_output(v, size).transpose(1, 2)
+    height, width = weight.shape[3:]
+    strides = _library.output_strides(v, (batch, each, shared, height, width))
+    by_weight = (strides[0], strides[2], strides[1], *strides[3:])
+    return v.new_empty_strided((batch, shared, each, height, width), by_weight)
 
 
 @torch.library.register_fake("acmix::weighted_aggregation")

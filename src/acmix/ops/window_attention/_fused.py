@@ -21,7 +21,7 @@ _library.define(
 )
 _library.define(
     "window_attention_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor out, Tensor lse, "
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? out, Tensor lse, "
     "SymInt window, SymInt stride, SymInt dilation) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position)",
 )
@@ -83,7 +83,7 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     window: int,
     stride: int,
@@ -95,7 +95,9 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, position, *ctx.sizes = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, position, out, lse)
+    # The kernel for the CPU does without the output, which may then be changed in place.
+    needed = q.device.type != "cpu" or _library.INTERPRETED
+    ctx.save_for_backward(q, k, v, position, out if needed else None, lse)
     ctx.mark_non_differentiable(lse)
 
 

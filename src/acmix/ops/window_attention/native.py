@@ -37,7 +37,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     window: int,
     stride: int,
