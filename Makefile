@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-networks asan clean
+.PHONY: help demo test lint format bench bench-networks asan sanitize-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ bench-networks: $(READY) ## the same with whole networks
 
 asan: ## the CPU kernel under the address and undefined-behaviour sanitizers
 	sh tests/asan/build.sh build/asan
+
+sanitize-gpu: $(READY) ## the GPU kernels under compute-sanitizer: memory and races
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+	  --tool $$tool --error-exitcode 1 --target-processes all $(BIN)/python -m pytest -x \
+	  tests/ops/triton/test_kernels.py -k 'test_attention or test_aggregation' || exit 1; done
 
 clean: ## remove everything that make made, the environment too
 	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*

@@ -9,7 +9,6 @@ named by the caller runs or raises: nothing falls back silently.
 from __future__ import annotations
 
 import importlib.util
-
 from types import ModuleType
 
 import torch
@@ -19,7 +18,8 @@ from acmix.ops import _native
 from acmix.ops._checks import check_choice
 from acmix.ops._library import INTERPRETED, why_not_transformed
 
-AUTO = ("triton", "native", "tiled", "reference")
+# Without triton: its kernels have run in the interpreter alone, and on no GPU yet.
+AUTO = ("native", "tiled", "reference")
 BACKENDS = ("auto", "reference", "tiled", "native", "triton")
 
 

@@ -35,8 +35,14 @@ def register_gpu(name: str, module: str, function: str) -> None:
     """A function of a module of Triton kernels, which is imported at the first call: `import acmix`
     loads no Triton."""
 
-    def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+    def kernel(first: Tensor, *others: Any) -> Any:
+        device = first.device
+        run = getattr(importlib.import_module(module), function)
+        if device.type == "cpu":
+            return run(first, *others)
+        # Triton launches on the current device, which another of several may be.
+        with torch.get_device_module(device).device(device):
+            return run(first, *others)
 
     for key in ("CUDA", "XPU", *(["CPU"] if INTERPRETED else [])):
         _library.impl(name, kernel, key)

@@ -1,0 +1,148 @@
+"""What the Triton kernels share: places in 5-D tensors, windows along a side, sizes of tiles.
+
+Written for Triton's own language, nothing of one vendor. A kernel takes a tensor as its pointer and
+its five strides, (B, N, d, H, W). Offsets are 64-bit: a batch may exceed 2^31 elements.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from acmix.ops._library import INTERPRETED
+
+SEARCH = os.environ.get("ACMIX_TRITON_SEARCH") == "1" and not INTERPRETED
+_found: dict[Hashable, Tile] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program works on: `rows` x `columns` of its own pixels, the pixels around them in
+    blocks of `block`, one after the other for `heads` heads (or a divisor that divides theirs).
+
+    Powers of two all; rows * columns and block are 16 at least, a matrix unit's side.
+    """
+
+    rows: int
+    columns: int
+    block: int
+    warps: int
+    stages: int = 2
+    heads: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@triton.jit
+def places(pointer, strides, batch, head, channel, row, column):
+    """Pointers to elements; the indices broadcast against one another."""
+    pointer += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    pixel = row.to(tl.int64) * strides[3] + column.to(tl.int64) * strides[4]
+    return pointer + (pixel + channel.to(tl.int64) * strides[2])
+
+
+@triton.jit
+def load(pointer, strides, batch, head, channel, row, column, mask):
+    """Elements, zeros outside the mask."""
+    at = places(pointer, strides, batch, head, channel, row, column)
+    return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def store(pointer, strides, batch, head, channel, row, column, values, mask):
+    at = places(pointer, strides, batch, head, channel, row, column)
+    tl.store(at, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reflect(index, size):
+    """As `numpy.pad(mode="reflect")`: again and again where the map is small."""
+    period = tl.maximum(2 * (size - 1), 1)
+    index = tl.abs(index) % period
+    return tl.where(index < size, index, period - index)
+
+
+@triton.jit
+def times_seen(
+    query,
+    key,
+    size,
+    first,
+    last,
+    WINDOW: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """How often the window around pixel `query` shows `key`, along one side.
+
+    `first` and `last` bound the queries. Where no window of theirs leaves the map, that is a test;
+    at the border the reflected taps are counted. `ONCE`: no tap is so far out that its reflection
+    is reflected again, which spares a division.
+    """
+    reach: tl.constexpr = WINDOW // 2 * DILATION
+    if (first >= reach) & (last + reach < size):
+        offset = key - query
+        seen = (offset >= -reach) & (offset <= reach)
+        if DILATION > 1:
+            seen = seen & (offset % DILATION == 0)
+        times = seen.to(tl.float32)
+    else:
+        times = (key - query).to(tl.float32) * 0
+        for tap in tl.static_range(WINDOW):
+            shown = query + (tap - WINDOW // 2) * DILATION
+            if ONCE:
+                shown = tl.abs(shown)
+                shown = tl.minimum(shown, 2 * (size - 1) - shown)
+            else:
+                shown = reflect(shown, size)
+            times += (shown == key).to(tl.float32)
+    return times
+
+
+@triton.jit
+def unit(index, size):
+    """The coordinate from -1 to 1 over the map; that of a single pixel is -1."""
+    return index.to(tl.float32) * (2 / tl.maximum(size - 1, 1).to(tl.float32)) - 1
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride())
+
+
+def least_dilation(dilation: int, height: int, width: int) -> int:
+    """The smallest dilation whose taps show the same pixels: reflection repeats itself."""
+    period = math.lcm(max(2 * (height - 1), 1), max(2 * (width - 1), 1))
+    return (dilation - 1) % period + 1
+
+
+def padded_channels(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))
+
+
+def precision() -> str:
+    """Of float32 products: the user's choice for every other matrix product."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def search(key: Hashable, tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
+    """The fastest of the tiles, timed at the first call for a key; a second or two a tile, most of
+    it the compiler's. A tile that asks for more than the GPU has is left out.
+    """
+    if key not in _found:
+        times = {}
+        for tile in tiles:
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                times[tile] = triton.testing.do_bench(lambda tile=tile: run(tile), 2, 20)
+        _found[key] = min(times, key=lambda tile: times[tile])
+    return _found[key]

@@ -1,0 +1,607 @@
+"""Windowed attention by Triton kernels: float16, bfloat16 and float32 of any strides.
+
+A program takes a tile of pixels of one map and, one after the other, `HEADS` of its heads; the
+pixels that its windows reach stand in a block around it, so that a tile is a small dense attention.
+`times` says who sees whom: how often a window shows a key, which is more than once where the
+border is reflected. It is the same for all heads. No key is ever copied.
+
+Sums are in float32. The forward pass keeps the log2-sum-exp2 of every window; the backward pass
+makes the probabilities again, once a query for its gradient and once a key for those of k and v:
+every sum is gathered in a fixed order, so that results repeat to the bit. Derivations are in
+docs/operator.md, choices and their reasons in docs/gpu.md.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from acmix.ops._triton import (
+    SEARCH,
+    Tile,
+    least_dilation,
+    load,
+    padded_channels,
+    precision,
+    search,
+    store,
+    strides,
+    times_seen,
+    unit,
+)
+from acmix.ops.window_attention._fused import empty_gradients, empty_outputs
+
+LOG2_E = math.log2(math.e)
+CANDIDATES = [
+    Tile(rows, columns, block, warps, heads=heads)
+    for rows, columns, block, warps in [(4, 4, 128, 2), (4, 4, 64, 1), (4, 8, 32, 4), (8, 8, 64, 4)]
+    for heads in (1, 4)
+]
+
+
+@triton.jit
+def _times(
+    query_row,
+    query_column,
+    key_row,
+    key_column,
+    height,
+    width,
+    first_row,
+    last_row,
+    first_column,
+    last_column,
+    WINDOW: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """How often queries see keys, pixels both; a float."""
+    down = times_seen(query_row, key_row, height, first_row, last_row, WINDOW, DILATION, ONCE)
+    across = times_seen(
+        query_column, key_column, width, first_column, last_column, WINDOW, DILATION, ONCE
+    )
+    return down * across
+
+
+@triton.jit
+def _positioned(k, position, channel, row, column, height, width, D: tl.constexpr):
+    """Keys less the position term, which is all of it that the softmax does not cancel."""
+    inside = channel < D
+    px = tl.load(position + 2 * channel, mask=inside, other=0).to(tl.float32)
+    py = tl.load(position + 2 * channel + 1, mask=inside, other=0).to(tl.float32)
+    return (k.to(tl.float32) - px * unit(column, width) - py * unit(row, height)).to(k.dtype)
+
+
+@triton.jit
+def _tile_of(program, height, width, heads, ROWS, COLUMNS, HEADS):
+    """A program's first row and column, batch and first head. Neighbours in memory run together:
+    heads, then tiles, then the batch."""
+    head_groups = tl.cdiv(heads, HEADS)
+    down, across = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    head = program % head_groups * HEADS
+    tile = program // head_groups
+    batch = tile // (down * across)
+    tile = tile % (down * across)
+    return tile // across * ROWS, tile % across * COLUMNS, batch, head
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k,
+    v,
+    position,
+    out,
+    lse,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    scale,
+    heads,
+    height,
+    width,
+    out_height,
+    out_width,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALO_ROWS: tl.constexpr,
+    HALO_COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    POSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out (ROWS * COLUMNS queries) = softmax(q k^T / sqrt(d), keys counted `times`) v;
+    scale = log2(e) / sqrt(d)."""
+    row, column, batch, first_head = _tile_of(
+        tl.program_id(0), out_height, out_width, heads, ROWS, COLUMNS, HEADS
+    )
+    reach: tl.constexpr = WINDOW // 2 * DILATION
+    top = tl.maximum(tl.minimum(row * STRIDE - reach, height - HALO_ROWS), 0)
+    left = tl.maximum(tl.minimum(column * STRIDE - reach, width - HALO_COLUMNS), 0)
+    first_y, last_y = row * STRIDE, (row + ROWS - 1) * STRIDE
+    first_x, last_x = column * STRIDE, (column + COLUMNS - 1) * STRIDE
+
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    qy, qx = row + pixel // COLUMNS, column + pixel % COLUMNS
+    in_map = (qy < out_height) & (qx < out_width)
+    c = tl.arange(0, BLOCK_D)
+    in_head = c < D
+    loaded = in_map[:, None] & in_head[None, :]
+
+    for i in range(HEADS):
+        n = first_head + i
+        queries = load(q, q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+        largest = tl.full((ROWS * COLUMNS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS * COLUMNS,), tl.float32)
+        sums = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
+        for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            in_halo = j < HALO_ROWS * HALO_COLUMNS
+            ky, kx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
+            times = _times(
+                (qy * STRIDE)[:, None],
+                (qx * STRIDE)[:, None],
+                tl.where(in_halo, ky, -(2**30))[None, :],
+                kx[None, :],
+                height,
+                width,
+                first_y,
+                last_y,
+                first_x,
+                last_x,
+                WINDOW,
+                DILATION,
+                ONCE,
+            )
+            keys = load(
+                k,
+                k_strides,
+                batch,
+                n,
+                c[:, None],
+                ky[None, :],
+                kx[None, :],
+                in_head[:, None] & in_halo[None, :],
+            )
+            if POSITION:
+                keys = _positioned(
+                    keys, position, c[:, None], ky[None, :], kx[None, :], height, width, D
+                )
+            logits = tl.dot(queries, keys, input_precision=PRECISION) * scale
+            logits = tl.where(times > 0, logits, float("-inf"))
+            larger = tl.maximum(largest, tl.max(logits, 1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key yet
+            weights = tl.exp2(logits - shift[:, None]) * times
+            shrink = tl.exp2(largest - shift)
+            values = load(
+                v,
+                v_strides,
+                batch,
+                n,
+                c[None, :],
+                ky[:, None],
+                kx[:, None],
+                in_halo[:, None] & in_head[None, :],
+            )
+            total = total * shrink + tl.sum(weights, 1)
+            sums = sums * shrink[:, None]
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision=PRECISION)
+            largest = larger
+        store(
+            out,
+            out_strides,
+            batch,
+            n,
+            c[None, :],
+            qy[:, None],
+            qx[:, None],
+            (sums / total[:, None]),
+            loaded,
+        )
+        map_index = (batch.to(tl.int64) * heads + n) * out_height
+        at_lse = (map_index + qy) * out_width + qx
+        tl.store(lse + at_lse, largest + tl.log2(total), mask=in_map)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    position,
+    out,
+    lse,
+    delta,
+    grad_q,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    grad_q_strides,
+    scale,
+    heads,
+    height,
+    width,
+    out_height,
+    out_width,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALO_ROWS: tl.constexpr,
+    HALO_COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    POSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fills grad_q and delta, the product of output and gradient, in the tiles of the forward."""
+    row, column, batch, first_head = _tile_of(
+        tl.program_id(0), out_height, out_width, heads, ROWS, COLUMNS, HEADS
+    )
+    reach: tl.constexpr = WINDOW // 2 * DILATION
+    top = tl.maximum(tl.minimum(row * STRIDE - reach, height - HALO_ROWS), 0)
+    left = tl.maximum(tl.minimum(column * STRIDE - reach, width - HALO_COLUMNS), 0)
+    first_y, last_y = row * STRIDE, (row + ROWS - 1) * STRIDE
+    first_x, last_x = column * STRIDE, (column + COLUMNS - 1) * STRIDE
+
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    qy, qx = row + pixel // COLUMNS, column + pixel % COLUMNS
+    in_map = (qy < out_height) & (qx < out_width)
+    c = tl.arange(0, BLOCK_D)
+    in_head = c < D
+    loaded = in_map[:, None] & in_head[None, :]
+
+    for i in range(HEADS):
+        n = first_head + i
+        queries = load(q, q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+        grads = load(grad_out, grad_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+        outs = load(out, out_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+        mean = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+        map_index = (batch.to(tl.int64) * heads + n) * out_height
+        at_lse = (map_index + qy) * out_width + qx
+        tl.store(delta + at_lse, mean, mask=in_map)
+        log_total = tl.load(lse + at_lse, mask=in_map, other=float("inf"))
+        sums = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
+        for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            in_halo = j < HALO_ROWS * HALO_COLUMNS
+            ky, kx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
+            times = _times(
+                (qy * STRIDE)[:, None],
+                (qx * STRIDE)[:, None],
+                tl.where(in_halo, ky, -(2**30))[None, :],
+                kx[None, :],
+                height,
+                width,
+                first_y,
+                last_y,
+                first_x,
+                last_x,
+                WINDOW,
+                DILATION,
+                ONCE,
+            )
+            keys = load(
+                k,
+                k_strides,
+                batch,
+                n,
+                c[:, None],
+                ky[None, :],
+                kx[None, :],
+                in_head[:, None] & in_halo[None, :],
+            )
+            if POSITION:
+                keys = _positioned(
+                    keys, position, c[:, None], ky[None, :], kx[None, :], height, width, D
+                )
+            values = load(
+                v,
+                v_strides,
+                batch,
+                n,
+                c[:, None],
+                ky[None, :],
+                kx[None, :],
+                in_head[:, None] & in_halo[None, :],
+            )
+            logits = tl.dot(queries, keys, input_precision=PRECISION) * scale
+            logits = tl.where(times > 0, logits - log_total[:, None], float("-inf"))
+            weights = tl.exp2(logits) * times
+            grad_weights = tl.dot(grads, values, input_precision=PRECISION)
+            grad_logits = (weights * (grad_weights - mean[:, None])).to(keys.dtype)
+            sums = tl.dot(grad_logits, tl.trans(keys), sums, input_precision=PRECISION)
+        sums *= scale * 0.6931471805599453  # ln 2
+        store(grad_q, grad_q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], sums, loaded)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    position,
+    lse,
+    delta,
+    grad_k,
+    grad_v,
+    grad_position,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_k_strides,
+    grad_v_strides,
+    scale,
+    heads,
+    height,
+    width,
+    out_height,
+    out_width,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALO_ROWS: tl.constexpr,
+    HALO_COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    POSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fills grad_k, grad_v and the program's part of the position weight's gradient.
+
+    A tile of keys, and in its halo the queries whose windows reach it: those that see a key by
+    reflection stand no farther from it than those that see it directly.
+    """
+    row, column, batch, first_head = _tile_of(
+        tl.program_id(0), height, width, heads, ROWS, COLUMNS, HEADS
+    )
+    reach: tl.constexpr = WINDOW // 2 * DILATION
+    top = tl.minimum(tl.cdiv(tl.maximum(row - reach, 0), STRIDE), out_height - HALO_ROWS)
+    left = tl.minimum(tl.cdiv(tl.maximum(column - reach, 0), STRIDE), out_width - HALO_COLUMNS)
+    first_y, last_y = top * STRIDE, (top + HALO_ROWS - 1) * STRIDE
+    first_x, last_x = left * STRIDE, (left + HALO_COLUMNS - 1) * STRIDE
+
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    ky, kx = row + pixel // COLUMNS, column + pixel % COLUMNS
+    in_map = (ky < height) & (kx < width)
+    c = tl.arange(0, BLOCK_D)
+    in_head = c < D
+    loaded = in_map[:, None] & in_head[None, :]
+    natural = scale * 0.6931471805599453  # ln 2
+    grad_x = tl.zeros((BLOCK_D,), tl.float32)
+    grad_y = tl.zeros((BLOCK_D,), tl.float32)
+
+    for i in range(HEADS):
+        n = first_head + i
+        keys = load(k, k_strides, batch, n, c[None, :], ky[:, None], kx[:, None], loaded)
+        if POSITION:
+            keys = _positioned(
+                keys, position, c[None, :], ky[:, None], kx[:, None], height, width, D
+            )
+        values = load(v, v_strides, batch, n, c[None, :], ky[:, None], kx[:, None], loaded)
+        sums_k = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
+        sums_v = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
+        for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            in_halo = j < HALO_ROWS * HALO_COLUMNS
+            qy, qx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
+            times = _times(
+                (qy * STRIDE)[None, :],
+                (qx * STRIDE)[None, :],
+                ky[:, None],
+                kx[:, None],
+                height,
+                width,
+                first_y,
+                last_y,
+                first_x,
+                last_x,
+                WINDOW,
+                DILATION,
+                ONCE,
+            )
+            read = in_halo[:, None] & in_head[None, :]
+            queries = load(q, q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], read)
+            grads = load(
+                grad_out, grad_strides, batch, n, c[None, :], qy[:, None], qx[:, None], read
+            )
+            map_index = (batch.to(tl.int64) * heads + n) * out_height
+            at_lse = (map_index + qy) * out_width + qx
+            log_total = tl.load(lse + at_lse, mask=in_halo, other=float("inf"))
+            mean = tl.load(delta + at_lse, mask=in_halo, other=0)
+            logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+            logits = tl.where(times > 0, logits - log_total[None, :], float("-inf"))
+            weights = tl.exp2(logits) * times
+            sums_v = tl.dot(weights.to(grads.dtype), grads, sums_v, input_precision=PRECISION)
+            grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            grad_logits = (weights * (grad_weights - mean[None, :])).to(queries.dtype)
+            sums_k = tl.dot(grad_logits, queries, sums_k, input_precision=PRECISION)
+        sums_k *= natural
+        store(
+            grad_k, grad_k_strides, batch, n, c[None, :], ky[:, None], kx[:, None], sums_k, loaded
+        )
+        store(
+            grad_v, grad_v_strides, batch, n, c[None, :], ky[:, None], kx[:, None], sums_v, loaded
+        )
+        if POSITION:
+            grad_x -= tl.sum(sums_k * unit(kx, width)[:, None], 0)
+            grad_y -= tl.sum(sums_k * unit(ky, height)[:, None], 0)
+    if POSITION:
+        at = grad_position + (tl.program_id(0).to(tl.int64) * D + c) * 2
+        tl.store(at, grad_x, mask=in_head)
+        tl.store(at + 1, grad_y, mask=in_head)
+
+
+def choose_tile(bytes_of_pixel: int, height: int, width: int) -> Tile:
+    """The tile for a head's (padded) bytes a pixel and the map of keys.
+
+    Small tiles waste the least of a tile's dense products; a map of 8x8 or less is one tile. Blocks
+    are as large as registers and the 99 KiB of shared memory of an Ada GPU allow. Chosen by the
+    compiler's word, not yet by the clock; ACMIX_TRITON_SEARCH=1 times CANDIDATES beside them.
+    """
+    if bytes_of_pixel <= 256 and height <= 8 and width <= 8:
+        return Tile(8, 8, 64, warps=8 if bytes_of_pixel == 256 else 4)
+    if bytes_of_pixel <= 32:
+        return Tile(4, 4, 128, warps=2)  # 10 x 10 keys of a window of 7
+    if bytes_of_pixel <= 128:
+        return Tile(4, 8, 32, warps=4)  # 10 x 14
+    if bytes_of_pixel <= 256:
+        return Tile(4, 8, 32, warps=8)
+    if bytes_of_pixel <= 512:
+        return Tile(4, 4, 32, warps=8)
+    return Tile(4, 4, 16, warps=8)
+
+
+def _sizes(
+    k: Tensor, out_size: torch.Size, window: int, stride: int, dilation: int, position: bool
+) -> dict:
+    """Arguments that every kernel takes."""
+    heads, head_dim, height, width = k.shape[1:]
+    dilation = least_dilation(dilation, height, width)
+    return {
+        "scale": LOG2_E / math.sqrt(head_dim),
+        "heads": heads,
+        "height": height,
+        "width": width,
+        "out_height": out_size[0],
+        "out_width": out_size[1],
+        "D": head_dim,
+        "BLOCK_D": padded_channels(head_dim),
+        "WINDOW": window,
+        "STRIDE": stride,
+        "DILATION": dilation,
+        "ONCE": window // 2 * dilation < min(height, width),
+        "POSITION": position,
+        "PRECISION": precision(),
+    }
+
+
+def _tiling(tile: Tile, sizes: dict, of_keys: bool) -> tuple[int, dict]:
+    """The number of programs, and the arguments of a tile of keys or of queries."""
+    reach, stride = sizes["WINDOW"] // 2 * sizes["DILATION"], sizes["STRIDE"]
+    rows, columns = tile.rows, tile.columns
+    if of_keys:
+        own, around = ("height", "width"), ("out_height", "out_width")
+        halo = [(side - 1 + 2 * reach) // stride + 1 for side in (rows, columns)]
+    else:
+        own, around = ("out_height", "out_width"), ("height", "width")
+        halo = [(side - 1) * stride + 2 * reach + 1 for side in (rows, columns)]
+    halo = [min(side, sizes[name]) for side, name in zip(halo, around, strict=True)]
+    tiles = triton.cdiv(sizes[own[0]], rows) * triton.cdiv(sizes[own[1]], columns)
+    heads = math.gcd(tile.heads, sizes["heads"])
+    arguments = {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "BLOCK": min(tile.block, max(16, triton.next_power_of_2(halo[0] * halo[1]))),
+        "HALO_ROWS": halo[0],
+        "HALO_COLUMNS": halo[1],
+        "HEADS": heads,
+        **tile.options,
+    }
+    return tiles * triton.cdiv(sizes["heads"], heads), arguments
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    window: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of acmix::window_attention: out (B, N, d, Ho, Wo) and lse (B, N, Ho, Wo)."""
+    out, lse = empty_outputs(q, v)
+    if out.numel() == 0:
+        return out, lse
+    weight = None if position is None else position.contiguous()
+    sizes = _sizes(k, out.shape[3:], window, stride, dilation, position is not None)
+
+    def run(tile: Tile) -> None:
+        programs, tiling = _tiling(tile, sizes, of_keys=False)
+        _forward_kernel[(programs * len(q),)](
+            q, k, v, weight, out, lse, *map(strides, (q, k, v, out)), **sizes, **tiling
+        )
+
+    _with_tile(run, "forward", k, sizes)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernels of acmix::window_attention_backward."""
+    grad_q, grad_k, grad_v, grad_position = empty_gradients(q, k, v, position)
+    if q.numel() == 0:
+        return grad_q, grad_k, grad_v, grad_position.zero_()
+    weight = None if position is None else position.contiguous()
+    sizes = _sizes(k, out.shape[3:], window, stride, dilation, position is not None)
+    delta = torch.empty_like(lse)
+
+    def queries(tile: Tile) -> None:
+        programs, tiling = _tiling(tile, sizes, of_keys=False)
+        tensors = (q, k, v, weight, out, lse, delta, grad_q)
+        layouts = map(strides, (grad_out, q, k, v, out, grad_q))
+        _query_gradient_kernel[(programs * len(q),)](
+            grad_out, *tensors, *layouts, **sizes, **tiling
+        )
+
+    def keys(tile: Tile) -> None:
+        programs, tiling = _tiling(tile, sizes, of_keys=True)
+        programs *= len(q)
+        parts = lse.new_empty((programs, *grad_position.shape))
+        tensors = (q, k, v, weight, lse, delta, grad_k, grad_v, parts)
+        layouts = map(strides, (grad_out, q, k, v, grad_k, grad_v))
+        _key_gradient_kernel[(programs,)](grad_out, *tensors, *layouts, **sizes, **tiling)
+        if position is not None:
+            grad_position.copy_(parts.sum(0))
+
+    _with_tile(queries, "queries", k, sizes)
+    _with_tile(keys, "keys", k, sizes)
+    return grad_q, grad_k, grad_v, grad_position
+
+
+def _with_tile(run: Callable[[Tile], None], name: str, k: Tensor, sizes: dict) -> None:
+    bytes_of_pixel = sizes["BLOCK_D"] * k.element_size()
+    tile = choose_tile(bytes_of_pixel, sizes["height"], sizes["width"])
+    if SEARCH:
+        key = (name, k.dtype, k.stride(4) == 1, *sizes.values())
+        tile = search(key, [tile, *CANDIDATES], run)
+    run(tile)

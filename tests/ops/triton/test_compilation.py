@@ -1,0 +1,145 @@
+"""Every kernel compiles for GPUs that are not here, within their shared memory, without spilling
+many registers: Triton and its assembler need no device for that."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from acmix.ops._library import INTERPRETED
+
+triton = pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from acmix.ops.weighted_aggregation import triton as aggregation  # noqa: E402
+from acmix.ops.window_attention import triton as attention  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
+
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "ptxas").exists(), reason="this build of Triton has no assembler for NVIDIA"
+)
+
+
+class Recorder:
+    """In place of a kernel, takes what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.calls = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            names = (p.name for p in self.kernel.params)
+            self.calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+        return call
+
+    def compile(self, capability: int) -> tuple[int, int]:
+        """Bytes of shared memory, and of registers spilled by a thread."""
+        [arguments] = self.calls
+        signature, constants, hints = {}, {}, {}
+
+        def describe(path: tuple[int, ...], value: Any) -> str:
+            if isinstance(value, Tensor) or (value % 16 == 0 and isinstance(value, int)):
+                hints[path] = [["tt.divisibility", 16]]
+            if isinstance(value, Tensor):
+                return TYPES[value.dtype]
+            if value == 1:
+                constants[path] = 1
+                return "constexpr"
+            return "fp32" if isinstance(value, float) else "i32"
+
+        for i, parameter in enumerate(self.kernel.params):
+            value = arguments.get(parameter.name)
+            if parameter.is_constexpr or value is None:
+                constants[(i,)] = value
+                signature[parameter.name] = "constexpr"
+            elif isinstance(value, tuple):
+                signature[parameter.name] = tuple(describe((i, j), x) for j, x in enumerate(value))
+            else:
+                signature[parameter.name] = describe((i,), value)
+        options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+        kernel = triton.compile(
+            ASTSource(self.kernel, signature, constants, hints),
+            target=GPUTarget("cuda", capability, 32),
+            options=options,
+        )
+        return kernel.metadata.shared, spilled(kernel.asm["ptx"], capability)
+
+
+def spilled(ptx: str, capability: int) -> int:
+    architecture = "sm_90a" if capability == 90 else f"sm_{capability}"
+    done = subprocess.run(
+        [TOOLS / "ptxas", "-v", f"-arch={architecture}", "-o", "/dev/null", "-"],
+        input=ptx,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> list[Recorder]:
+    recorders = [Recorder(getattr(module, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(module, name, recorder)
+    return recorders
+
+
+CASES = [  # head_dim, side, window, stride, dilation; dtype; compute capability
+    ((16, 56, 7, 1, 1), torch.bfloat16, 90),
+    ((32, 56, 7, 2, 1), torch.bfloat16, 90),
+    ((64, 14, 7, 1, 1), torch.float16, 89),
+    ((128, 7, 7, 1, 1), torch.bfloat16, 90),
+    ((20, 33, 13, 1, 2), torch.bfloat16, 80),
+    ((256, 14, 7, 1, 1), torch.bfloat16, 89),
+    ((16, 28, 7, 1, 1), torch.float32, 89),
+    ((128, 14, 7, 1, 1), torch.float32, 90),
+    ((256, 14, 7, 1, 1), torch.float32, 89),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "capability"), CASES, ids=str)
+def test_attention(
+    case: tuple[int, ...], dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]
+    recorders = record(monkeypatch, attention, names)
+    head_dim, side, *sizes = case
+    fused = torch.empty(2, side, side, 3, 4, head_dim, dtype=dtype).permute(3, 0, 4, 5, 1, 2)
+    position = torch.empty(head_dim, 2)
+    q, k, v = fused
+    q = q[..., :: sizes[1], :: sizes[1]]
+    out, lse = attention.forward(q, k, v, position, *sizes)
+    attention.backward(out, q, k, v, position, out, lse, *sizes)
+    for name, recorder in zip(names, recorders, strict=True):
+        shared, spill = recorder.compile(capability)
+        assert shared <= SHARED[capability], f"{name}: {shared} bytes of shared memory"
+        assert spill <= 512, f"{name}: {spill} bytes spilled"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_aggregation(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["_forward_kernel", "_weight_gradient_kernel", "_value_gradient_kernel"]
+    recorders = record(monkeypatch, aggregation, names)
+    weight, v = torch.empty(2, 8, 49, 28, 28), torch.empty(2, 8, 8, 28, 28)
+    if layout == "channels_last":
+        weight, v = (
+            x.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2) for x in (weight, v)
+        )
+    out = aggregation.forward(weight, v, 7, 1, 1)
+    aggregation.backward(out, weight, v, 7, 1, 1)
+    for name, recorder in zip(names, recorders, strict=True):
+        shared, spill = recorder.compile(90)
+        assert shared <= SHARED[89], f"{name}: {shared} bytes of shared memory"
+        assert spill <= 512, f"{name}: {spill} bytes spilled"

@@ -1,0 +1,31 @@
+"""Without a GPU the kernels run in Triton's interpreter: in a process of its own, since Triton
+reads the switch when it is imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from acmix.ops._library import INTERPRETED
+
+KERNELS = Path(__file__).parent / "test_kernels.py"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="this is the process")
+def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", str(KERNELS), "-x", f"--basetemp={tmp_path / 'own'}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "-W", "ignore"],
+        env=environment,
+        cwd=KERNELS.parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout

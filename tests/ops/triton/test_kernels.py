@@ -1,0 +1,318 @@
+"""The GPU kernels against the reference: on a GPU in all dtypes, else in float32 by Triton's
+interpreter, in the process that test_interpreter.py starts."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from torch import Tensor
+
+from acmix import ACmix2d
+from acmix.ops import backends, weighted_aggregation, window_attention
+from acmix.ops._library import INTERPRETED
+from acmix.ops.weighted_aggregation import reference as aggregation_reference
+from acmix.ops.window_attention import _fused, reference
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+BATCH = 1 if INTERPRETED else 2  # the interpreter is slow; two images are in other tests
+REASON = backends()["triton"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
+SMALL: list[Shape] = [
+    (1, 1, 1, 1, 1),
+    (1, 1, 7, 2, 3),
+    (1, 9, 7, 1, 1),
+    (12, 1, 13, 2, 2),
+    (2, 2, 13, 3, 3),
+    (3, 5, 5, 2, 1),
+    (5, 3, 9, 3, 2),
+    (7, 7, 7, 1, 1),
+    (7, 8, 11, 1, 2),
+    (6, 5, 3, 1, 999),
+    (13, 17, 5, 3, 1),
+    (12, 17, 3, 1, 2),
+    (5, 26, 3, 1, 1),
+    (14, 15, 7, 2, 1),
+]
+LARGE: list[Shape] = [
+    (56, 56, 7, 1, 1),
+    (28, 28, 7, 2, 1),
+    (14, 14, 7, 1, 1),
+    (40, 9, 3, 3, 1),
+    (9, 70, 7, 2, 1),
+    (30, 41, 13, 1, 1),
+    (33, 50, 5, 2, 3),
+]
+AGGREGATION: list[Shape] = [
+    (1, 1, 3, 2, 1),
+    (1, 6, 5, 1, 1),
+    (2, 3, 3, 1, 2),
+    (5, 6, 3, 1, 1),
+    (6, 9, 3, 2, 1),
+    (5, 8, 3, 1, 2),
+]
+
+
+def named(shape: Shape) -> str:
+    return "{}x{}-window{}-stride{}-dilation{}".format(*shape)
+
+
+def sizes(shapes: list[Shape]) -> pytest.MarkDecorator:
+    shapes = shapes if INTERPRETED else [*shapes, *LARGE]
+    return pytest.mark.parametrize("shape", shapes, ids=named)
+
+
+def attention_inputs(
+    shape: Shape, head_dim: int = 3, dtype: torch.dtype = torch.float32, batch: int = BATCH
+) -> list[Tensor]:
+    height, width, _, stride, _ = shape
+    out_size = math.ceil(height / stride), math.ceil(width / stride)
+    q = torch.randn(batch, 2 * head_dim, *out_size).to(DEVICE, dtype)
+    k, v = torch.randn(2, batch, 2 * head_dim, height, width).to(DEVICE, dtype)
+    return [q, k, v, torch.randn(head_dim, 2, device=DEVICE)]
+
+
+def aggregation_inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    height, width, window, stride, _ = shape
+    out_size = math.ceil(height / stride), math.ceil(width / stride)
+    weight = torch.randn(2, 2, window * window, *out_size).to(DEVICE, dtype)
+    return [weight, torch.randn(2, 6, height, width).to(DEVICE, dtype)]
+
+
+def attention(shape: Shape, backend: str = "triton", heads: int = 2) -> Callable[..., Tensor]:
+    _, _, window, stride, dilation = shape
+
+    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
+        return window_attention(
+            q,
+            k,
+            v,
+            heads=heads,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            position=position,
+            backend=backend,
+        )
+
+    return function
+
+
+def aggregation(shape: Shape, backend: str = "triton") -> Callable[..., Tensor]:
+    _, _, window, stride, dilation = shape
+    return lambda weight, v: weighted_aggregation(
+        weight, v, window=window, stride=stride, dilation=dilation, backend=backend
+    )
+
+
+def check(
+    function: Callable[..., Callable[..., Tensor]], shape: Shape, inputs: list[Tensor]
+) -> None:
+    actual = outputs_and_gradients(function(shape), inputs)
+    exact = [x.double() for x in inputs]
+    expected = outputs_and_gradients(function(shape, "reference"), exact)
+    assert_all_close(actual, expected, TOLERANCE[inputs[0].dtype])
+
+
+@sizes(SMALL)
+@dtypes
+def test_attention(shape: Shape, dtype: torch.dtype) -> None:
+    check(attention, shape, attention_inputs(shape, dtype=dtype))
+
+
+@sizes(AGGREGATION)
+@dtypes
+def test_aggregation(shape: Shape, dtype: torch.dtype) -> None:
+    check(aggregation, shape, aggregation_inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("head_dim", [1, 20, 256] if INTERPRETED else [1, 16, 20, 33, 64, 128, 256])
+@dtypes
+def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    shape = (5, 6, 5, 1, 1)
+    check(attention, shape, attention_inputs(shape, head_dim, dtype))
+
+
+@pytest.mark.parametrize("window", [3, 9, 13])
+def test_window(window: int) -> None:
+    shape = (8, 7, window, 1, 1)
+    check(attention, shape, attention_inputs(shape, batch=1)[:3])
+
+
+def test_no_batch() -> None:
+    shape = (5, 6, 3, 1, 1)
+    check(attention, shape, attention_inputs(shape, batch=0))
+    check(aggregation, shape, [x[:0] for x in aggregation_inputs(shape)])
+
+
+def test_large_logits_stay_finite() -> None:
+    shape = (6, 10, 5, 1, 1)
+    q, k, v, position = attention_inputs(shape)
+    actual = outputs_and_gradients(attention(shape), [q * 1e3, k * 1e2, v, position])
+    assert all(x.isfinite().all() for x in actual)
+    assert actual[0].abs().max() <= v.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("order", ["head_major", "channel_major"])
+@pytest.mark.parametrize("memory", ["nchw", "channels_last"])
+def test_attention_reads_one_projection_in_place(memory: str, order: str) -> None:
+    dim = 3 if memory == "channels_last" else 1
+    fused = torch.randn((2, 5, 9, 48) if dim == 3 else (2, 48, 5, 9), device=DEVICE)
+    position = torch.randn(8, 2, device=DEVICE)
+
+    def function(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, position: Tensor) -> Tensor:
+            if order == "head_major":
+                q, k, v = x.unflatten(dim, (3, 2, 8)).unbind(dim)
+            else:
+                parts = x.unflatten(dim, (8, 6)).split(2, dim + 1)
+                q, k, v = (part.transpose(dim, dim + 1) for part in parts)
+            if dim == 3:
+                q, k, v = (part.permute(0, 3, 4, 1, 2) for part in (q, k, v))
+            return forward(q, k, v, position, 3, 1, 1)
+
+        return call
+
+    actual = outputs_and_gradients(function(_fused.forward), [fused, position])
+    exact = [fused.double(), position.double()]
+    assert_all_close(actual, outputs_and_gradients(function(reference.forward), exact), 1e-5)
+
+
+def test_strided_and_expanded_tensors() -> None:
+    big = torch.randn(2, 4, 12, 20, device=DEVICE)
+    q, v = big[..., ::2, 1::2], big.flip(2)[..., ::2, ::2]
+    k = torch.randn(2, 1, 6, 1, device=DEVICE).expand(2, 4, 6, 10)
+    shape = (6, 10, 3, 1, 1)
+    out = attention(shape)(q, k, v)
+    assert_all_close([out], [attention(shape, "reference")(q, k, v)], 1e-5)
+    weight = torch.randn(2, 6, 10, 9, 2, device=DEVICE).permute(0, 4, 3, 1, 2)
+    check(aggregation, shape, [weight, v.to(memory_format=torch.channels_last)])
+
+
+def test_aggregation_of_channels_last_and_many_channels() -> None:
+    weight = torch.randn(1, 4, 5, 9, 2, device=DEVICE).permute(0, 4, 3, 1, 2)
+    v = torch.randn(1, 22, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    check(aggregation, (4, 5, 3, 1, 1), [weight, v])
+
+
+@on_gpu
+def test_results_repeat_to_the_bit() -> None:
+    shape = (29, 30, 5, 1, 1)
+    inputs, pair = attention_inputs(shape), aggregation_inputs(shape)
+    for function, x in ((attention(shape), inputs), (aggregation(shape), pair)):
+        first, second = outputs_and_gradients(function, x), outputs_and_gradients(function, x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["learned", "attention", "convolution"])
+def test_layer(mix: str) -> None:
+    layer = ACmix2d(4, 4, heads=2, stride=2, mix=mix, backend="triton", device=DEVICE)
+    exact = ACmix2d(4, 4, heads=2, stride=2, mix=mix, backend="reference", device=DEVICE)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 4, 7, 6, device=DEVICE)
+    assert_all_close([layer(x)], [exact(x)], 1e-5)
+
+
+def test_what_is_refused() -> None:
+    shape = (5, 6, 3, 1, 1)
+    q, k, v, _ = (x.double() for x in attention_inputs(shape))
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*float64"):
+        attention(shape)(q, k, v)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*torch\.func"):
+        torch.func.grad(lambda q: attention(shape)(q, k, v).sum())(q)
+
+
+def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
+    shape = (6, 9, 3, 2, 1)
+    *tensors, position = attention_inputs(shape, 4)
+    q, k, v = (x.unflatten(1, (2, 4)).requires_grad_() for x in tensors)
+    operator = torch.ops.acmix.window_attention.default
+    yield operator, (q, k, v, position.requires_grad_(), *shape[2:])
+    yield operator, (q, k, v, None, *shape[2:])
+    out, lse = operator(q, k, v, position, *shape[2:])
+    saved = [x.detach() for x in (out, q, k, v, position, out, lse)]
+    yield torch.ops.acmix.window_attention_backward.default, (*saved, *shape[2:])
+    weight, v = aggregation_inputs(shape)
+    v = v.unflatten(1, (3, 2)).transpose(1, 2).detach()
+    inputs = (weight.requires_grad_(), v.requires_grad_(), *shape[2:])
+    yield torch.ops.acmix.weighted_aggregation.default, inputs
+
+
+@on_gpu
+@pytest.mark.parametrize("index", range(4))
+def test_opcheck(index: int) -> None:
+    operator, arguments = list(samples())[index]
+    torch.library.opcheck(operator, arguments)
+
+
+@on_gpu
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic: bool) -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        out = window_attention(q * 2, k, v, heads=2, window=3)
+        return weighted_aggregation(weight, out, window=3) + 1
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic)
+    for size in [(6, 7), (9, 12)]:
+        inputs = [torch.randn(2, 8, *size, device=DEVICE) for _ in range(3)]
+        inputs[2] = inputs[2].to(memory_format=torch.channels_last)
+        inputs.append(torch.randn(2, 4, 9, *size, device=DEVICE))
+        eager = outputs_and_gradients(both, inputs)
+        assert_all_close(outputs_and_gradients(compiled, inputs), eager, 1e-5)
+
+
+@on_gpu
+def test_cuda_graph() -> None:
+    layer = ACmix2d(16, 16, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(2, 16, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    other = torch.randn_like(x)
+    assert_all_close([graphed(other)], [layer(other)], TOLERANCE[torch.bfloat16])
+
+
+@on_gpu
+def test_export() -> None:
+    layer = ACmix2d(8, 8, device=DEVICE).eval()
+    x = torch.randn(2, 8, 9, 10, device=DEVICE)
+    program = torch.export.export(layer, (x,))
+    assert "acmix.window_attention" in str(program.graph)
+    assert_all_close([program.module()(x)], [layer(x)], 1e-5)
+
+
+@on_gpu
+def test_autocast() -> None:
+    layer = ACmix2d(8, 8, device=DEVICE)
+    x = torch.randn(2, 8, 9, 10, device=DEVICE)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert_all_close([out], [layer(x)], TOLERANCE[torch.bfloat16])
+
+
+@on_gpu
+def test_more_than_2_to_31_elements() -> None:
+    """The last image of a batch of more than 2^31 elements is right."""
+    size, channels = 64, 64
+    batch = 2**31 // (size * size * channels) + 2
+    needed = 9 * batch * size * size * channels * 2  # q, k, v, out, their gradients and room
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
+    shape = (size, size, 3, 1, 1)
+    tensor = torch.empty(batch, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
+    q, k, v = (tensor.normal_().clone().requires_grad_() for _ in range(3))
+    del tensor
+    run = attention(shape)
+    out = run(q, k, v)
+    out.backward(torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out))
+    last = [x.detach()[-1:].clone().requires_grad_() for x in (q, k, v)]
+    expected = run(*last)
+    expected.backward(torch.ones_like(expected))
+    assert torch.equal(out[-1:], expected)
+    for whole, alone in zip((q, k, v), last, strict=True):
+        assert torch.equal(whole.grad[-1:], alone.grad)
