@@ -12,7 +12,6 @@ from torch import Tensor
 from acmix import ACmix2d
 from acmix.ops import backends, weighted_aggregation, window_attention
 from acmix.ops._library import INTERPRETED
-from acmix.ops.weighted_aggregation import reference as aggregation_reference
 from acmix.ops.window_attention import _fused, reference
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
