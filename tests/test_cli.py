@@ -27,7 +27,7 @@ def mistake(capsys, *args):
 def test_help_lists_the_commands_with_examples(capsys, args):
     assert main(args) == 0
     out = capsys.readouterr().out
-    for command in ("info", "fit", "validate", "test", "predict"):
+    for command in ("info", "fit", "validate", "test", "predict", "ablate"):
         assert f"\n  {command} " in out
     assert "acmix fit --config recipes/digits.yaml" in out
 
@@ -77,7 +77,7 @@ def test_help_and_version_load_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "ablate"])
 def test_help_of_a_command_ends_with_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

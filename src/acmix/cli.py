@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from importlib import metadata
 from importlib.util import find_spec
-from typing import NoReturn
 
 # What takes long to import (torch, rich, timm) is imported where it is used: help is immediate, and
 # Ctrl-C while it loads stops in one line.
-from acmix.tasks.errors import UserError, did_you_mean, user_errors
+from acmix.tasks.errors import Parser, UserError, did_you_mean, user_errors
 
 HELP = """\
 usage: acmix COMMAND [options]
@@ -20,7 +20,8 @@ commands:
   fit       train a network: pictures, metrics and checkpoints go into a run folder
   validate  measure a run on its held-out images
   test      measure a run on its test images
-  predict   write the class and confidence of every test image as CSV
+  predict   the likeliest classes of images, and what the network looked at
+  ablate    train the variants of the operator side by side: accuracy and speed
   analyze   parameters and multiply-adds of networks, beside the published ones
 
 options:
@@ -33,6 +34,8 @@ examples:
   acmix fit --config recipes/digits.yaml
   acmix fit --config recipes/digits.yaml --model.name resnet11_tiny_conv --run runs/conv
   acmix validate runs/digits
+  acmix predict runs/mine cat.jpg --explain cat
+  acmix ablate paths --config recipes/digits.yaml
   acmix analyze costs resnet50_acmix resnet50_conv --stages
 """
 
@@ -45,7 +48,6 @@ what:
 `acmix analyze WHAT --help` for its options
 """
 COSTS_EXAMPLES = """\
-examples:
   acmix analyze costs
   acmix analyze costs resnet50_acmix resnet50_conv --stages
   acmix analyze costs swin_tiny_acmix --size 800x1333 --format csv
@@ -59,7 +61,7 @@ TRAIN_PACKAGES = {
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
 }
-TRAINING = ("fit", "validate", "test", "predict")
+TRAINING = ("fit", "validate", "test", "predict", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,9 +106,24 @@ def _train(command: str, args: list[str], debug: bool) -> None:
     missing = [name for module, name in TRAIN_PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install 'acmix[train]'")
-    from acmix.tasks import command as training
+    if command == "ablate":
+        from acmix.tasks import ablate
 
-    training.run(command, args, debug)
+        ablate.run(args, debug)
+    elif command == "predict" and _names_images(args):
+        from acmix.tasks import predict
+
+        predict.run(args)
+    else:
+        from acmix.tasks import command as training
+
+        training.run(command, args, debug)
+
+
+def _names_images(args: list[str]) -> bool:
+    """Whether `predict` is for images, or for help, not for the test images of a run's data."""
+    names = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    return args[:1] in (["-h"], ["--help"]) or len(names) > 1
 
 
 def info(args: list[str]) -> None:
@@ -147,23 +164,14 @@ def analyze(args: list[str]) -> None:
         raise UserError(f"unknown analysis {what!r}{did_you_mean(what, ('costs',))} (known: costs)")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are ours: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def analyze_costs(args: list[str]) -> None:
     from acmix.analysis import costs
 
     parser = Parser(
-        prog="acmix analyze costs",
-        description="Parameters and multiply-adds (FLOPs) for one image, by the conventions of the "
-        "paper, beside its figures.",
-        epilog=COSTS_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "acmix analyze costs",
+        "Parameters and multiply-adds (FLOPs) for one image, by the conventions of the paper, "
+        "beside its figures.",
+        COSTS_EXAMPLES,
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="of timm, ours among them")
     parser.add_argument(

@@ -3,8 +3,10 @@
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 from acmix.analysis import figures
+from acmix.analysis.explain import LayerView
 
 EPOCHS = [
     {
@@ -100,3 +102,55 @@ def test_predictions_show_mistakes_first(tmp_path, mistakes, shape):
 
 def test_predictions_without_images(tmp_path):
     drawn(figures.predictions([], [], [], [], "title"), tmp_path / "predictions.png")
+
+
+@pytest.mark.parametrize("classes", [2, 20, 50])
+def test_confusion(tmp_path, classes):
+    counts = np.diag(np.arange(classes)) + np.eye(classes, k=1, dtype=int)
+    figure = figures.confusion(counts, ["a class of a long name"] * classes)
+    drawn(figure, tmp_path / "confusion.png")
+    axes = figure.axes[0]
+    right = np.arange(classes).sum()
+    assert axes.get_title(loc="left") == f"{right / counts.sum():.1%} of {counts.sum():,} right"
+    numbers = [text.get_text() for text in axes.texts]
+    assert numbers == ([str(n) for n in counts[counts > 0]] if classes <= 20 else [])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12, 3)])
+@pytest.mark.parametrize("layers", [1, 16])
+def test_views_of_an_image(tmp_path, shape, layers):
+    weights = torch.zeros(2, 4, 4)
+    weights[:, 1, 2] = 1
+    view = LayerView("layer", (1, 1), weights, torch.full((2, 2), 0.25))
+    image = np.full(shape, 0.5)
+    for figure in (
+        figures.attention(image, [view] * layers, (3, 3)),
+        figures.shares(image, [view] * layers),
+    ):
+        drawn(figure, tmp_path / "views.png")
+        titles = [axes.get_title(loc="left") for axes in figure.axes]
+        assert sum(title.startswith("layer\n") for title in titles) == layers
+    assert "25% attention" in titles[1]
+
+
+def test_attention_of_no_layer_says_so():
+    view = LayerView("layer", (0, 0), None, torch.zeros(2, 2))
+    figure = figures.attention(np.zeros((8, 8)), [view], (0, 0))
+    assert "No layer" in figure.axes[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_ablation(tmp_path, seeds):
+    rows = [
+        {
+            "variant": variant,
+            "accuracy": 0.9 + 0.01 * seed,
+            "train_images_per_second": 100.0,
+            "infer_images_per_second": 300.0,
+        }
+        for variant in ("conv", "acmix")
+        for seed in range(seeds)
+    ]
+    figure = figures.ablation(rows, "title")
+    drawn(figure, tmp_path / "ablation.png")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["conv", "acmix"]

@@ -62,6 +62,7 @@ def test_files_of_a_run(run):
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
+        "confusion.png",
         "curves.png",
         "metrics.csv",
         "mix.csv",
@@ -87,7 +88,7 @@ def test_mix_starts_before_training(run):
     assert all(float(row["alpha"]) != 0.5 for row in rows if row["epoch"] == "2")
 
 
-@pytest.mark.parametrize("name", ["curves", "mix", "predictions"])
+@pytest.mark.parametrize("name", ["confusion", "curves", "mix", "predictions"])
 def test_pictures(run, name):
     pixels = matplotlib.image.imread(run / f"{name}.png")
     assert min(pixels.shape[:2]) > 300
@@ -100,6 +101,7 @@ def test_summary(run):
     assert summary["parameters"] == sum(weight.numel() for weight in network.parameters())
     assert summary["val_accuracy"] == float(rows_of(run / "metrics.csv")[-1]["val_accuracy"])
     assert (summary["epochs"], summary["steps"], summary["seed"]) == (2, 8, 0)
+    assert (summary["train_images"], summary["held_out_images"]) == (4 * 64, 360)
     assert summary["config"]["model"]["name"] == "resnet11_tiny_acmix"
     assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
 

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -213,7 +213,7 @@ def predictions(
         return _note("No held-out images were kept")
     order = sorted(range(len(images)), key=lambda index: truth[index] == predicted[index])
     rows = -(-len(order) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.62 * rows + 0.6))
+    figure = Figure(figsize=(1.5 * columns, 1.9 * rows + 0.6))
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
@@ -230,18 +230,167 @@ def _tile(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence:
     axes.grid(False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color=GREEN if right else RED, linewidth=1 if right else 4)
-    text = (
-        f"{_short(predicted)}  {confidence:.0%}"
-        if right
-        else f"✗ {_short(predicted)}, is {_short(truth)}"
-    )
+    text = f"{_short(predicted)} {confidence:.0%}"
+    if not right:
+        text = f"✗ {text}\nis {_short(truth)}"
     axes.set_title(
         text,
         loc="center",
-        fontsize=9.5,
+        fontsize=9,
         color="black" if right else RED,
         fontweight="normal" if right else "bold",
     )
+
+
+@matplotlib.rc_context(STYLE)
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    """Held-out images by class (rows) and prediction (columns), counts (classes, classes).
+
+    The shade is the part of the row, up to 20 classes have numbers.
+    """
+    classes = len(names)
+    part = counts / counts.sum(1, keepdims=True).clip(1)
+    side = 2.4 + max(0.3 * classes, 2.0) if classes <= 20 else 9.5
+    figure = Figure(figsize=(side + 1.2, side))
+    axes = figure.subplots()
+    # The root brings out what is rare: the mistakes.
+    shown = axes.imshow(part, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    figure.colorbar(shown, ax=axes, shrink=0.7, format=PercentFormatter(1.0), label="of the class")
+    if classes <= 20:
+        digits = 9 if counts.max() < 1000 or classes <= 10 else 6.5
+        for row, column in np.argwhere(counts):
+            colour = "white" if part[row, column] > 0.3 else "black"
+            number = counts[row, column]
+            axes.text(column, row, number, color=colour, fontsize=digits, ha="center", va="center")
+    labels, size = [_short(name, 18) for name in names], 9.5 if classes <= 20 else 7.5
+    turn: Any = {"rotation": 90} if max(map(len, labels)) > 2 else {}
+    axes.set_xticks(range(classes), labels, fontsize=size, **turn)
+    axes.set_yticks(range(classes), labels, fontsize=size)
+    axes.grid(False)
+    axes.set(xlabel="prediction", ylabel="class")
+    axes.set_title(f"{counts.trace() / max(1, counts.sum()):.1%} of {counts.sum():,} right")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def attention(image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int]) -> Figure:
+    """What one pixel of an image (H, W) or (H, W, 3) attends to in each layer.
+
+    views: layer, pixel and weights (heads, H, W) of each, see `acmix.analysis.explain.LayerView`.
+    """
+    views = [view for view in views if view.weights is not None]
+    if not views:
+        return _note("No layer of this network attends")
+    title = (
+        "Attention of the marked pixel by layer, mean of the heads; brightest: the largest weight"
+    )
+    figure, grid = _over_image(image, len(views) + 1, title)
+    _mark(grid[0], pixel, image.shape[:2], image.shape[:2])
+    _caption(grid[0], f"row {pixel[0]}, column {pixel[1]}")
+    for axes, view in zip(grid[1:], views, strict=False):
+        heat = view.weights.abs().mean(0).cpu().numpy()  # SAN's may be negative
+        top = max(heat.max(), 1e-12)
+        _dimmed(axes, image)
+        shade = {"cmap": "inferno", "vmin": 0, "vmax": top, "alpha": 0.9 * np.sqrt(heat / top)}
+        axes.imshow(heat, extent=_extent(image), interpolation="nearest", **shade)
+        stride = max(
+            1, round(heat.shape[0] / view.share.shape[0])
+        )  # a window's centre is its first
+        at = (view.pixel[0] * stride, view.pixel[1] * stride)
+        _mark(axes, at, heat.shape if stride > 1 else view.share.shape, image.shape[:2])
+        _caption(axes, f"{view.layer}\n{heat.shape[0]} x {heat.shape[1]}, largest {top:.2g}")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def shares(image: np.ndarray, views: Sequence[Any]) -> Figure:
+    """Part of attention in the output of each layer over an image (H, W) or (H, W, 3).
+
+    views: layer and share (H, W) of each, see `acmix.analysis.explain.LayerView`.
+    """
+    title = "Which path speaks: |alpha F_att| / (|alpha F_att| + |beta F_conv|), by layer"
+    figure, grid = _over_image(image, len(views) + 1, title)
+    _caption(grid[0], "image")
+    leaning = LinearSegmentedColormap.from_list("paths", [CONVOLUTION, "#F4F4F4", ATTENTION])
+    for axes, view in zip(grid[1:], views, strict=False):
+        _dimmed(axes, image)
+        shade = {"cmap": leaning, "vmin": 0, "vmax": 1, "alpha": 0.8}
+        share = view.share.float().cpu().numpy()
+        shown = axes.imshow(share, extent=_extent(image), interpolation="nearest", **shade)
+        _caption(axes, f"{view.layer}\n{share.mean():.0%} attention")
+    place: Any = {"location": "bottom", "shrink": 0.5, "aspect": 40, "ticks": (0, 0.5, 1)}
+    bar = figure.colorbar(shown, ax=grid.tolist(), **place)
+    bar.ax.set_xticklabels(["convolution", "both alike", "attention"])
+    return figure
+
+
+def _over_image(image: np.ndarray, tiles: int, title: str) -> tuple[Figure, Any]:
+    """A grid of tiles of the shape of the image, which is in the first."""
+    columns = min(6, tiles)
+    rows = -(-tiles // columns)
+    wide = 2.1
+    tall = min(max(wide * image.shape[0] / image.shape[1], 1.0), 4.0)
+    figure = Figure(figsize=(max(wide * columns + 0.2, 8.5), (tall + 0.45) * rows + 0.9))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    grid[0].imshow(image, cmap="gray", vmin=0, vmax=1, extent=_extent(image))
+    return figure, grid
+
+
+def _caption(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=8.5, fontweight="normal")
+
+
+def _extent(image: np.ndarray) -> tuple[float, float, float, float]:
+    return (0, image.shape[1], image.shape[0], 0)
+
+
+def _dimmed(axes: Axes, image: np.ndarray) -> None:
+    grey = image if image.ndim == 2 else image.mean(-1)
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1.6, extent=_extent(image))
+
+
+def _mark(axes: Axes, pixel: tuple[int, int], of: Sequence[int], image: Sequence[int]) -> None:
+    """A ring around a pixel of a map of the size `of` that covers the image."""
+    y, x = ((place + 0.5) / here * side for place, here, side in zip(pixel, of, image, strict=True))
+    for colour, width in (("black", 3.5), ("white", 1.5)):
+        ring: Any = {"markerfacecolor": "none", "markeredgecolor": colour}
+        axes.plot(x, y, marker="o", markersize=9, markeredgewidth=width, **ring)
+
+
+@matplotlib.rc_context(STYLE)
+def ablation(rows: Sequence[Row], title: str) -> Figure:
+    """Accuracy and speed by variant: a dot a run, the line their mean and standard deviation.
+
+    Rows hold variant, accuracy and {train,infer}_images_per_second.
+    """
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    figure = Figure(figsize=(12, 1.6 + 0.42 * len(variants)))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    grid = figure.subplots(1, 3, sharey=True)
+    for axes, column, name in zip(
+        grid,
+        ("accuracy", "train_images_per_second", "infer_images_per_second"),
+        ("Held-out accuracy", "Training, images/s", "Inference, images/s"),
+        strict=True,
+    ):
+        for place, variant in enumerate(variants):
+            values = np.array([row[column] for row in rows if row["variant"] == variant])
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            axes.errorbar(
+                values.mean(), place, xerr=spread, fmt="|", color=BLUE, markersize=16, capsize=4
+            )
+            axes.plot(values, [place] * len(values), "o", color=GREY, markersize=4, alpha=0.7)
+        axes.set_title(name)
+    grid[0].set_yticks(range(len(variants)), variants)
+    grid[0].invert_yaxis()
+    grid[0].margins(y=0.12)
+    grid[0].xaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in grid[1:]:
+        axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
+    return figure
 
 
 def _short(name: str, limit: int = 12) -> str:

@@ -17,13 +17,15 @@ class ImageData(LightningDataModule):
     """Images with a class each. A kind of data is a subclass that names its classes and its sets.
 
     `class_names` must be known once the object is made: the network's head is built from it.
-    `mean` and `std` (one number a channel) are what the images were normalised with.
+    `mean` and `std` (one number a channel) are what the images were normalised with;
+    `input_config`, which goes into the checkpoint, is how `acmix predict` prepares an image.
     """
 
     in_chans: ClassVar[int] = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     class_names: list[str]
+    input_config: dict[str, Any] | None = None  # arguments of timm.data.create_transform
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:

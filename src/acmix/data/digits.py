@@ -48,6 +48,8 @@ class Digits(ImageData):
         if max_shift < 0:
             raise ValueError(f"max_shift must be at least 0, got {max_shift}")
         self.class_names = [str(digit) for digit in range(10)]
+        self.input_config = {"input_size": (1, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic"}
+        self.input_config |= {"mean": self.mean, "std": self.std}
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.max_shift = max_shift

@@ -110,6 +110,7 @@ class Images(ImageData):
         given: dict[str, Any] = {"img_size": img_size, "interpolation": interpolation}
         given |= {"crop_pct": 1.0 if crop_padding and crop_pct is None else crop_pct}
         config = input_config(like, {**given, "mean": mean, "std": std})
+        self.input_config = config
         self.mean, self.std = config["mean"], config["std"]
         self.eval_transform: Transform = create_transform(**config)
         augmentation = {"scale": scale, "hflip": hflip, "color_jitter": color_jitter or None}

@@ -242,7 +242,8 @@ class History(Callback):
             "train_seconds": self._seconds,
         }
         rounded = {name: float(f"{value:.6g}") for name, value in measured.items()}
-        self.epochs.append({"epoch": epoch, "step": trainer.global_step, **rounded})
+        counts = {"epoch": epoch, "step": trainer.global_step, "images": self._images}
+        self.epochs.append({**counts, **rounded})
         self._record_mix(pl_module, epoch)
         if trainer.is_global_zero:
             write_csv(self.run / "metrics.csv", self.epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from timm.data import Mixup
+from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -22,7 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import acmix.models  # noqa: F401  registers our networks with timm
 from acmix.data.loading import seed_generators
-from acmix.tasks.errors import did_you_mean
+from acmix.surgery.warm_start import warm_start
+from acmix.tasks.errors import did_you_mean, one_line
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 Batch = tuple[Tensor, Tensor]
@@ -32,6 +35,7 @@ class Classification(LightningModule):
     """A network by its timm name, trained with cross-entropy."""
 
     seed: int = 0  # of what is random in a step; `acmix fit` sets it
+    goes_on: bool = False  # from a checkpoint, instead of a warm start; `acmix fit` sets it
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class Classification(LightningModule):
         class_names: list[str],
         in_chans: int = 3,
         model_kwargs: dict[str, Any] | None = None,
+        warm_start: str | None = None,
         opt: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -66,6 +71,9 @@ class Classification(LightningModule):
             class_names: Names of the classes in the order of the outputs; taken from the data.
             in_chans: Channels of the images; taken from the data.
             model_kwargs: Further arguments of the network's constructor, such as drop_path_rate.
+            warm_start: Network of timm, whose pretrained weights are downloaded, or the path of a
+                checkpoint, one of `acmix fit` among them; `fit` then starts by
+                `acmix.warm_start`, unless it goes on from a checkpoint of its own.
             opt: Optimizer, as `timm.optim.create_optimizer_v2` knows it.
             lr: Highest learning rate.
             weight_decay: Weight decay; biases, norms, other vectors and what the network names in
@@ -139,8 +147,18 @@ class Classification(LightningModule):
             for weight in self.net.parameters():
                 weight.data = torch.atleast_1d(weight.data)  # FSDP takes no scalars
         if stage == "fit":
+            if self.hparams["warm_start"] and not self.goes_on:
+                self._warm_start(self.hparams["warm_start"])
             # Before weights are cut into vectors, which go without weight decay.
             self._optimizer = self._create_optimizer()
+
+    def _warm_start(self, source: str) -> None:
+        try:
+            warm_start(self.net, pretrained_weights(source))
+        except ValueError as error:
+            raise ValueError(f"model.warm_start: {error}") from error
+        if self.ema is not None:
+            self.ema.set(self.net)
 
     def configure_model(self) -> None:
         if self.hparams["compile"]:
@@ -313,6 +331,30 @@ def create_net(
     if ":" not in name:  # "hf-hub:..." and the like are looked up elsewhere
         check_known("model", name.split(".")[0], timm.list_models())
     return timm.create_model(name, in_chans=in_chans, num_classes=num_classes, **model_kwargs)
+
+
+def pretrained_weights(source: str) -> dict[str, Any]:
+    """Weights of a checkpoint at a path, or of a network of timm.
+
+    Of a checkpoint of `acmix fit` those that it measures: the moving average where there is one.
+
+    Raises:
+        ValueError: for what is neither a file nor a network of timm with pretrained weights.
+    """
+    if not Path(source).is_file():
+        check_known("network or file", source.split(".")[0], timm.list_models())
+        if not timm.is_model_pretrained(source):
+            raise ValueError(f"expected a network of timm with pretrained weights, got {source!r}")
+        return timm.create_model(source, pretrained=True).state_dict()
+    try:
+        weights = load_state_dict(source, use_ema=True, weights_only=True)
+    except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
+        raise ValueError(f"expected a checkpoint, got {source}: {one_line(error)}") from error
+    for prefix in ("ema.module.", "net."):
+        ours = {key: value for key, value in weights.items() if key.startswith(prefix)}
+        if ours:
+            return {key.removeprefix(prefix): value for key, value in ours.items()}
+    return weights
 
 
 def is_convolutional(net: nn.Module) -> bool:

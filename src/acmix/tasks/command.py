@@ -9,6 +9,8 @@ import signal
 import sys
 import warnings
 from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,6 +98,11 @@ class RunFolder(Callback):
         # Before the loggers write, which may do so in this folder.
         if trainer.is_global_zero and not self.goes_on and not trainer.fit_loop.skip:
             move_earlier_run(self.cli.run_folder)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["input"] = self.cli.datamodule.input_config  # for `acmix predict`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -216,24 +223,30 @@ def _as_list(value: Any) -> list[Any]:
 
 def run(command: str, args: list[str], debug: bool = False) -> None:
     """Run one of the commands; a mistake of the user raises `UserError`."""
-    with warnings.catch_warnings():
-        if not debug:
-            _quieten()
+    with quiet(debug):
         if command != "fit":
             args = expand_run(args)
-        args = run_of_config(args)
-        with user_errors(*SETUP_ERRORS):
-            cli = TrainingCLI(command, args)
+        cli = make(command, run_of_config(args))
         stages = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}
         with user_errors(*RUN_ERRORS):
             stages[command](cli)
 
 
-def _quieten() -> None:
+@contextmanager
+def quiet(debug: bool) -> Iterator[None]:
     """Lightning's hints are for those who write training code, not for those who run it."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    with warnings.catch_warnings():
+        if not debug:
+            for name in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            warnings.filterwarnings("ignore", module="lightning")
+        yield
+
+
+def make(command: str, args: list[str]) -> TrainingCLI:
+    """Network, data and trainer of a command; a mistake in the options raises `UserError`."""
+    with user_errors(*SETUP_ERRORS):
+        return TrainingCLI(command, args)
 
 
 def expand_run(args: list[str]) -> list[str]:
@@ -272,9 +285,17 @@ def run_of_config(args: list[str]) -> list[str]:
 
 
 def fit(cli: TrainingCLI) -> None:
+    summary = train(cli)
+    if summary is not None:
+        report.show(cli.run_folder, summary, console())
+
+
+def train(cli: TrainingCLI) -> dict[str, Any] | None:
+    """Train and write what a run leaves; its summary, or None where there was nothing to do."""
     folder, checkpoint = cli.run_folder, _checkpoint_to_go_on_from(cli)
     if checkpoint is not None:
         check_checkpoint(checkpoint, cli.model)
+        cli.model.goes_on = True
         cli.folder.goes_on = folder.resolve() in checkpoint.resolve().parents
     if cli.trainer.is_global_zero and not cli.folder.goes_on:
         check_folder(folder)
@@ -291,13 +312,14 @@ def fit(cli: TrainingCLI) -> None:
             raise KeyboardInterrupt(_what_is_saved(cli)) from stop
         raise
     if not cli.trainer.is_global_zero:
-        return
-    if not cli.history.trained:
+        return None
+    # A run that was killed after its last epoch still lacks its report.
+    reported = (folder / "summary.json").is_file() or not cli.history.epochs
+    if not cli.history.trained and reported:
         print(_why_nothing_was_trained(cli))
-        return
+        return None
     config = json.loads(cli.parser.dump(cli.config, format="json"))
-    summary = report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
-    report.show(folder, summary, console())
+    return report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
 
 
 def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:

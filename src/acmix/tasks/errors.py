@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 OPTION = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<name>[^']+)'"
@@ -24,6 +26,25 @@ EXPECTED = re.compile(r"Expected an? <class '(?P<kind>\w+)'>")
 
 class UserError(Exception):
     """A mistake of the user: the message says in one line what was expected and what came."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are ours: one line, exit code 2."""
+
+    def __init__(
+        self, prog: str, description: str, examples: str, usage: str | None = None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 @contextmanager

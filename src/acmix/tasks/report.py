@@ -12,6 +12,7 @@ import timm
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from acmix.analysis import environment, figures
@@ -20,10 +21,11 @@ from acmix.tasks.callbacks import HeldOut, History
 from acmix.tasks.classification import Classification
 
 SHOWN = 40
+MOST_CONFUSED = 50  # classes: more are too small to read
 FILES = {
     "loss and accuracy": ["curves.png"],
     "alpha, beta by layer": ["mix.png"],
-    "right and wrong": ["predictions.png"],
+    "right and wrong": ["predictions.png", "confusion.png"],
     "numbers": ["metrics.csv", "mix.csv", "summary.json"],
     "checkpoint": ["checkpoints/last.ckpt"],
     "every step": ["tensorboard"],
@@ -43,19 +45,30 @@ def write(
     figures.save(figures.mix(history.mix), run / "mix.png")
     if held_out.truth:
         figures.save(draw_predictions(data, held_out), run / "predictions.png")
-    summary = summarise(network, data, history, config)
+        if len(data.class_names) <= MOST_CONFUSED:
+            counts = confusion_matrix(
+                held_out.truth, held_out.predicted, labels=range(len(data.class_names))
+            )
+            figures.save(figures.confusion(counts, data.class_names), run / "confusion.png")
+    summary = summarise(network, data, history, held_out, config)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def summarise(
-    network: Classification, data: ImageData, history: History, config: dict[str, Any]
+    network: Classification,
+    data: ImageData,
+    history: History,
+    held_out: HeldOut,
+    config: dict[str, Any],
 ) -> dict[str, Any]:
     last = history.epochs[-1] if history.epochs else {}
     return {
         "model": config["model"]["name"],
         "parameters": network.size,
         "classes": data.class_names,
+        "train_images": last.get("images", 0),
+        "held_out_images": len(held_out.truth),
         "epochs": last.get("epoch", 0),
         "steps": last.get("step", 0),
         "seed": config["seed_everything"],
