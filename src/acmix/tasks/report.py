@@ -88,13 +88,14 @@ def draw_predictions(data: ImageData, held_out: HeldOut) -> figures.Figure:
     wrong = sum(truth != predicted for truth, predicted in pairs)
     kept = sorted(held_out.images, key=lambda index: pairs[index][0] == pairs[index][1])[:SHOWN]
     names = data.class_names
+    mistakes = "1 mistake" if wrong == 1 else f"{wrong} mistakes"
     shown = "first" if wrong <= SHOWN else f"in part ({SHOWN})"
     return figures.predictions(
         [to_picture(data, held_out.images[index]) for index in kept],
         [names[pairs[index][0]] for index in kept],
         [names[pairs[index][1]] for index in kept],
         [held_out.confidence[index] for index in kept],
-        title=f"{wrong} mistakes in {len(pairs)} held-out images, shown {shown}; "
+        title=f"{mistakes} in {len(pairs)} held-out images, shown {shown}; "
         "above each the prediction and its confidence",
     )
 
