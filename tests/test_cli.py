@@ -10,6 +10,7 @@ import acmix
 from acmix import cli
 from acmix.analysis import environment
 from acmix.cli import main
+from acmix.tasks import predict
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
 
@@ -75,6 +76,11 @@ def test_help_and_version_load_nothing_heavy():
         assert not {{"torch", "timm", "rich", "numpy"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_options_for_images_are_those_of_their_parser():
+    known = {name for action in predict._parser()._actions for name in action.option_strings}
+    assert known == set(cli.OF_IMAGES)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "ablate"])

@@ -61,6 +61,11 @@ TRAIN_PACKAGES = {
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
 }
+# Options that `predict` has for images alone.
+OF_IMAGES = (
+    *("-h", "--help", "--top", "--format", "--explain", "--pixel", "--layers"),
+    *("--weights", "--classes", "--batch_size", "--device"),
+)
 TRAINING = ("fit", "validate", "test", "predict", "ablate")
 
 
@@ -123,7 +128,7 @@ def _train(command: str, args: list[str], debug: bool) -> None:
 def _names_images(args: list[str]) -> bool:
     """Whether `predict` is for images, or for help, not for the test images of a run's data."""
     names = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
-    return args[:1] in (["-h"], ["--help"]) or len(names) > 1
+    return len(names) > 1 or any(arg.split("=")[0] in OF_IMAGES for arg in args)
 
 
 def info(args: list[str]) -> None:

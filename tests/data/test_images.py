@@ -182,12 +182,15 @@ FIT += ["--model.name=resnet11_tiny_conv", "--trainer.max_epochs=1", "--trainer.
         ("torchvision/cifar11", [], "did you mean cifar10?"),
         ("torchvision/cifar10", [], "--data.download"),
         ("wds/empty", [], "expected a split train or"),
+        ("hollow", [], "data.source: expected images in hollow/owl, got none"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, monkeypatch, capsys, source, options, said):
     monkeypatch.chdir(folder.parent)
     (folder.parent / "empty").mkdir()
     write_folder(folder.parent / "one", {"cat": 3})
+    write_folder(folder.parent / "hollow", {"cat": 2, "dog": 2})
+    (folder.parent / "hollow" / "owl").mkdir()
     assert main([*FIT, f"--data.source={source}", *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
@@ -199,7 +202,7 @@ def test_fit_names_a_broken_image(folder, capsys, workers):
     run = f"--run={folder.parent / 'run'}"
     assert main([*FIT, f"--data.source={folder}", f"--data.num_workers={workers}", run]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"cannot read {folder}/train/cat/3.png" in line
+    assert f"cannot read {folder}/train/cat/3.png: no image" in line
 
 
 def test_fit_validate_and_a_mismatch_of_classes(folder, capsys):

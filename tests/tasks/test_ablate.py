@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from acmix.cli import main
 from acmix.tasks import ablate
@@ -111,12 +112,27 @@ def test_variants_are_those_of_the_paper():
         ),
         (["--variants", "sums"], "--variants: expected some of conv, attention, "),
         (["--model.lrr", "1"], "unknown option model.lrr; did you mean model.lr?"),
-        (["--trainer.limit_val_batches", "0", "--seeds", "1"], "expected held-out images"),
+        (["--trainer.limit_val_batches", "0"], "trainer.limit_val_batches: expected held-out"),
+        (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run: expected false, got true"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, options, message):
+    """And leave nothing behind that the corrected command would trip over."""
     assert study("paths", tmp_path / "out", *options) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_missing_is_told_before_anything_is_written(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pets" / name / "0.png")
+    options = ["--data", "Images", "--data.source", str(tmp_path / "pets")]
+    model = ["--model.name", "resnet11_tiny_acmix", "--out", str(tmp_path / "out")]
+    assert main(["ablate", "paths", *options, *model]) == 2
+    assert "--data.val_fraction 0.1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

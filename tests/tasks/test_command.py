@@ -128,6 +128,8 @@ def test_predict_writes_a_row_an_image(run):
     (run / "predictions.csv").unlink()
     assert len(rows) == 360
     assert all(row["class"] in "0123456789" for row in rows)
+    right = sum(row["class"] == row["truth"] for row in rows) / len(rows)
+    assert right == pytest.approx(float(rows_of(run / "metrics.csv")[-1]["val_accuracy"]), abs=1e-5)
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
 
 
@@ -290,6 +292,35 @@ def test_another_set_of_classes_is_refused(run):
     path = run / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match="the checkpoint knows 10 classes"):
         network.on_load_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def test_classes_of_another_name_are_refused(run):
+    network = Classification("resnet11_tiny_conv", [*"012345678", "nine"], in_chans=1)
+    path = run / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="has class '9' where the data has 'nine'"):
+        network.on_load_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trainer.devices", "999"), "trainer.devices: expected at most"),
+        pytest.param(
+            ("--trainer.accelerator", "gpu"),
+            "trainer.accelerator: expected a device that is there, got gpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+        ),
+    ],
+)
+def test_a_device_that_is_not_there(tmp_path, capsys, options, message):
+    assert fit(tmp_path / "run", *options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_predict_is_for_one_process(run, capsys):
+    assert main(["predict", str(run), "--trainer.devices", "2"]) == 2
+    assert "trainer.devices: expected 1, got 2 processes" in capsys.readouterr().err
 
 
 def test_a_failed_write_keeps_the_last_checkpoint(tmp_path):

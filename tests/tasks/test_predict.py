@@ -129,7 +129,10 @@ def test_a_pixel_that_is_cut_off_is_refused():
     ("args", "message"),
     [
         (("{run}", "no.png"), "no image or folder no.png"),
-        (("{run}", "{images}/notes.txt"), "cannot read {images}/notes.txt: cannot identify"),
+        (("{run}", "{images}/notes.txt"), "cannot read {images}/notes.txt: no image"),
+        (("{run}", "{image}", "--device", "gpu"), "--device: expected one that is there, got gpu"),
+        (("{run}", "--format", "csv"), "arguments are required: IMAGE_OR_FOLDER"),
+        (("--top", "3", "{run}", "no.png"), "no image or folder no.png"),
         (("{run}", "{empty}"), "{empty}: expected images (.bmp"),
         (("{images}", "{image}"), "{images} is no run folder: no {images}/checkpoints/last.ckpt"),
         (

@@ -281,9 +281,7 @@ def attention(image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int]) -
     views = [view for view in views if view.weights is not None]
     if not views:
         return _note("No layer of this network attends")
-    title = (
-        "Attention of the marked pixel by layer, mean of the heads; brightest: the largest weight"
-    )
+    title = "Attention of the marked pixel by layer: mean of the heads, bright where it is large"
     figure, grid = _over_image(image, len(views) + 1, title)
     _mark(grid[0], pixel, image.shape[:2], image.shape[:2])
     _caption(grid[0], f"row {pixel[0]}, column {pixel[1]}")

@@ -19,7 +19,7 @@ from torchvision import transforms
 from acmix.data.base import ImageData
 from acmix.data.loading import Sample
 from acmix.data.shards import Shards, ShardStream, make_shard_loader, open_shards
-from acmix.data.sources import SPLITS, Labelled, open_split, split_names
+from acmix.data.sources import SPLITS, Labelled, open_split, split_names, why_unreadable
 
 Transform = Callable[[Image], Tensor]
 
@@ -228,6 +228,9 @@ class ImageSet(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def name(self, index: int) -> str:
+        return self.images.name(self.indices[index])
+
     def __getitem__(self, index: int) -> Sample:
         return self.transform(load(self.images, self.indices[index])), self.classes[index]
 
@@ -241,7 +244,9 @@ def load(images: Labelled, index: int) -> Image:
     try:
         return images.load(index)
     except Exception as error:  # of a broken file, Pillow raises anything
-        raise ValueError(f"data.source: cannot read {images.name(index)}: {error}") from error
+        raise ValueError(
+            f"data.source: cannot read {images.name(index)}: {why_unreadable(error)}"
+        ) from error
 
 
 def readable(images: Labelled, indices: Sequence[int], limit: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from acmix.data.loading import Sample, even_batch_size, kept_random_state, seed_generators
-from acmix.data.sources import EXTENSIONS, as_rgb
+from acmix.data.sources import EXTENSIONS, as_rgb, why_unreadable
 
 INFO = "_info.json"
 Stretch = tuple[int, int]  # of the line: from, and up to but without
@@ -125,7 +125,9 @@ class ShardStream(Dataset[Sample]):
                 raise ValueError(f"expected a class below {len(self.places)}, got {label}")
             return self.transform(image), self.places[label]
         except Exception as error:  # of a broken file, Pillow raises anything
-            why = {StopIteration: "no image", KeyError: "no .cls"}.get(type(error), str(error))
+            why = {StopIteration: "no image", KeyError: "no .cls"}.get(
+                type(error), why_unreadable(error)
+            )
             name = f"{raw['__url__']}/{raw['__key__']}"
             raise ValueError(f"data.source: cannot read {name}: {why}") from error
 

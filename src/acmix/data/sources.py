@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers import create_reader
 from torchvision import datasets
 
-from acmix.tasks.errors import did_you_mean
+from acmix.tasks.errors import did_you_mean, one_line
 
 SPLITS = {
     "train": ("train", "training", "trainval"),
@@ -157,6 +157,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with an image file, whose name stands before; Pillow repeats it."""
+    return "no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+
+
 def first_attribute(data: Any, *names: str) -> Any:
     return next((vars(data)[name] for name in names if name in vars(data)), None)
 
@@ -178,7 +183,17 @@ def _open_folder(folder: Path, names: tuple[str, ...]) -> Labelled | None:
     loose = [path for path, _ in reader.samples if Path(path).parent == root]
     if loose:
         raise ValueError(f"data.source: expected {root}/CLASS/IMAGE, got {loose[0]}")
+    if names[0] == "train":
+        check_every_class(root, [Path(path) for path, _ in reader.samples])
     return ReaderImages(reader, [label for _, label in reader.samples])
+
+
+def check_every_class(root: Path, images: list[Path]) -> None:
+    """A folder without images among those of the classes raises ValueError."""
+    classes = {image.relative_to(root).parts[0] for image in images}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+            raise ValueError(f"data.source: expected images in {folder}, got none")
 
 
 def _open_torchvision(

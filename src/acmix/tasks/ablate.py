@@ -73,6 +73,7 @@ def run(args: list[str], debug: bool = False) -> None:
     out = Path(options.out or f"runs/ablate-{options.study}")
     with command.quiet(debug):
         base = command.make("fit", [*fit_args, "--run", str(out)])
+        check_comparable(base)
         variants = choose_variants(base, options)
         with user_errors(OSError):
             remember(out, options.study, fit_args)
@@ -91,7 +92,8 @@ def run(args: list[str], debug: bool = False) -> None:
     rows.sort(key=lambda row: list(variants).index(row["variant"]))
     with user_errors(OSError):
         write_csv(out / "results.csv", rows)
-        title = f"{TITLES[options.study]}: {base.config['model']['name']}, {options.seeds} seeds"
+        seeds = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
+        title = f"{TITLES[options.study]}: {base.config['model']['name']}, {seeds}"
         figures.save(figures.ablation(rows, title), out / "ablation.png")
     show(rows, variants)
     print(f"{out}/results.csv, ablation.png, and a run folder each")
@@ -119,10 +121,21 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
     return options, fit_args
 
 
+def check_comparable(base: command.TrainingCLI) -> None:
+    """Before any file is written: runs that would measure nothing raise `UserError`."""
+    trainer = base.trainer
+    if trainer.world_size > 1:
+        raise UserError(f"trainer.devices: expected 1, got {trainer.world_size} processes")
+    if base.config["trainer"]["fast_dev_run"]:
+        raise UserError("trainer.fast_dev_run: expected false, got true")
+    if not trainer.limit_val_batches:
+        raise UserError("trainer.limit_val_batches: expected held-out images, got 0")
+    with user_errors(*command.RUN_ERRORS):
+        base.datamodule.val_dataloader()
+
+
 def choose_variants(base: command.TrainingCLI, options: Namespace) -> dict[str, list[str]]:
     """Options of `acmix fit` by variant."""
-    if base.trainer.world_size > 1:
-        raise UserError(f"trainer.devices: expected 1, got {base.trainer.world_size} processes")
     config = json.loads(base.parser.dump(base.config, format="json"))["model"]
     name, kwargs = config["name"], config.get("model_kwargs") or {}
     if name not in list_models() or not name.endswith("_acmix"):
@@ -188,8 +201,6 @@ def train(folder: Path, args: list[str]) -> dict[str, Any]:
 
 
 def row_of(variant: str, seed: int, summary: dict[str, Any]) -> Row:
-    if "val_accuracy" not in summary:
-        raise UserError("expected held-out images to measure on, got none")
     return {
         "variant": variant,
         "seed": seed,

@@ -213,9 +213,10 @@ class Classification(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "test", self.test_accuracy)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities (B, classes)."""
-        return self(batch[0]).float().softmax(dim=1)
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Probabilities (B, classes) and the true classes (B,)."""
+        images, classes = batch
+        return self(images).float().softmax(dim=1), classes
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: Metric) -> Tensor:
         """Log loss and accuracy; return probabilities (B, classes)."""
@@ -266,11 +267,14 @@ class Classification(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         hp = checkpoint.get("hyper_parameters", {})
         saved = hp.get("class_names", self.class_names)
-        if list(saved) != self.class_names:
+        if len(saved) != len(self.class_names):
             raise ValueError(
                 f"the checkpoint knows {len(saved)} classes ({_few(saved)}), "
                 f"the data has {len(self.class_names)} ({_few(self.class_names)})"
             )
+        for was, name in zip(saved, self.class_names, strict=True):
+            if was != name:
+                raise ValueError(f"the checkpoint has class {was!r} where the data has {name!r}")
         if not self._sharded and _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
             was, name = hp.get("name", "another network"), self.hparams["name"]
             other = f"of {was}, the model is {name}" if was != name else f"of another {name}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shlex
 import signal
 import sys
@@ -18,13 +20,13 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import Tensor
 
 from acmix import data as data_kinds
 from acmix.data import ImageData
@@ -44,6 +46,7 @@ from acmix.tasks.progress import TrainingBar
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
+NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available")
 TERMINATED = 128 + signal.SIGTERM
 KINDS = {name: getattr(data_kinds, name) for name in data_kinds.__all__ if name != "ImageData"}
 
@@ -184,11 +187,21 @@ class TrainingCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if self.command == "fit":
             callbacks += self._fit_callbacks(chosen)
-        return super().instantiate_trainer(
-            callbacks=callbacks,
-            plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()],
-            use_distributed_sampler=False,  # our loaders divide the images among processes
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                callbacks=callbacks,
+                plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()],
+                use_distributed_sampler=False,  # our loaders divide the images among processes
+            )
+        except MisconfigurationException as error:
+            if NO_DEVICE.search(str(error)):
+                kind = chosen.accelerator
+                raise UserError(
+                    f"trainer.accelerator: expected a device that is there, got {kind}"
+                ) from error
+            raise
+        check_processes(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.seed = self.model.seed = int(self.config["seed_everything"])
@@ -213,6 +226,15 @@ class TrainingCLI(LightningCLI):
             last = LastCheckpoint(checkpoints / "last.ckpt", self.config["every_n_steps"])
             callbacks += [best, last]
         return callbacks
+
+
+def check_processes(trainer: Trainer) -> None:
+    """More processes on a CPU than it has cores, which would halt it, raise `UserError`."""
+    most = max(2, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+        raise UserError(
+            f"trainer.devices: expected at most {most} on this CPU, got {trainer.num_devices}"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -410,16 +432,20 @@ def evaluate(cli: TrainingCLI) -> None:
 
 def predict(cli: TrainingCLI) -> None:
     """Class and confidence of every test image, in `predictions.csv` of the run folder."""
+    if cli.trainer.world_size > 1:
+        raise UserError(f"trainer.devices: expected 1, got {cli.trainer.world_size} processes")
     batches = cli.trainer.predict(
         cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli), weights_only=True
     )
-    confidence, predicted = torch.cat(cast("list[Tensor]", batches)).max(dim=1)
+    found, true = (torch.cat(part) for part in zip(*cast("Any", batches), strict=True))
+    confidence, predicted = found.max(dim=1)
     names = cli.model.class_names
+    loader: Any = cli.trainer.predict_dataloaders
+    image_name = getattr(loader.dataset, "name", str)
+    columns = (predicted.tolist(), true.tolist(), confidence.tolist())
     rows = [
-        {"image": index, "class": names[label], "confidence": round(sure, 6)}
-        for index, (label, sure) in enumerate(
-            zip(predicted.tolist(), confidence.tolist(), strict=True)
-        )
+        {"image": image_name(index), "class": names[label], "truth": names[is_], "confidence": sure}
+        for index, (label, is_, sure) in enumerate(zip(*columns, strict=True))
     ]
     path = cli.run_folder / "predictions.csv"
     write_csv(path, rows)

@@ -25,7 +25,7 @@ from torchvision import transforms
 
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
-from acmix.data.sources import EXTENSIONS, as_rgb
+from acmix.data.sources import EXTENSIONS, as_rgb, why_unreadable
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
 from acmix.tasks.errors import Parser, UserError, did_you_mean, one_line, user_errors
@@ -63,7 +63,7 @@ def run(args: list[str]) -> None:
     """Print the classes of images; with `--explain`, save pictures too."""
     options = _parser().parse_args(args)
     with user_errors(ValueError, OSError, torch.OutOfMemoryError):
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(options.device)
         classifier = load(options.network, options.weights, options.classes)
         paths = find_images(Path(options.images))
         top = _top(options.top, len(classifier.class_names))
@@ -108,6 +108,16 @@ def _parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="32 by default")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
     return parser
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; by default a GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: expected one that is there, got {name}") from error
 
 
 def load(network: str, weights: str | None = None, classes: str | None = None) -> Classifier:
@@ -187,7 +197,7 @@ def open_image(path: Path, channels: int) -> Image.Image:
         with Image.open(path) as image:
             colours = as_rgb(image)
     except Exception as error:  # of a broken file, Pillow raises anything
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {why_unreadable(error)}") from error
     if channels not in (1, 3):
         raise UserError(f"expected a network for images of 1 or 3 channels, got {channels}")
     return colours if channels == 3 else colours.convert("L")
