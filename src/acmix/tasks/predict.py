@@ -169,7 +169,8 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
         raise UserError(f"{weights} holds no weights of {name}: {one_line(error)}") from error
     count: Any = net.num_classes
     if not names and count == 1000:
-        names = [ImageNetInfo().index_to_description(index) for index in range(count)]
+        info = ImageNetInfo()
+        names = [info.index_to_description(index) for index in range(count)]
     return Classifier(
         net, net, names or [str(index) for index in range(count)], resolve_model_data_config(net)
     )
