@@ -1,7 +1,9 @@
 """The command line: help, info, and mistakes told in one line with exit code 2."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,19 @@ def test_info_and_help_load_no_lightning():
         "assert not {'lightning', 'jsonargparse', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_ctrl_c_while_pytorch_is_loaded_shows_no_traceback():
+    code = "import acmix_command; print(flush=True); acmix_command.main()"
+    command = [sys.executable, "-c", code, "info"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.readline()
+        time.sleep(0.2)  # PyTorch takes longer
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGINT
 
 
 def test_help_and_version_load_nothing_heavy():
