@@ -6,6 +6,7 @@ from helpers import TOLERANCE, assert_all_close
 from torch import Tensor, nn
 
 from acmix.layers import PairwiseAttention, PatchwiseACmix
+from acmix.layers import patchwise as patchwise_layer
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
 from acmix.ops import shift_convolution, shift_kernels
@@ -112,9 +113,14 @@ def test_is_the_equation(make, size: tuple[int, int]) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["of pieces", "dense"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_is_the_sum_of_its_paths(mix: str, shift: str) -> None:
+def test_is_the_sum_of_its_paths(
+    mix: str, shift: str, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of a GPU, one dense convolution, runs on a CPU too."""
+    monkeypatch.setattr(patchwise_layer, "prefers_dense", lambda x: dense)
     layer = make_layer(mix=mix, shift=shift, kernel_att=3)
     x = torch.randn(2, 8, 4, 5, dtype=torch.float64)
     alpha, beta = layer.mix.weights()

@@ -273,6 +273,22 @@ def test_threads_agree_to_the_bit(size: tuple[int, int], stride: int, threads_of
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_mix() -> None:
+    """base + alpha * attention, and every gradient."""
+    shape = (9, 20, 5, 1, 1)
+    q, k, v, position = attention_inputs(shape)
+    inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7)]
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, base: Tensor, alpha: Tensor) -> Tensor:
+        return base + alpha * reference.forward(q, k, v, p, *shape[2:])
+
+    def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        return native.forward(q, k, v, p, *shape[2:], *mix)
+
+    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
+    assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[torch.float32])
+
+
 def test_extreme_logits() -> None:
     """Logits of +-1e5 neither overflow nor leave a window without weight; NaN stays NaN."""
     shape = (6, 20, 5, 1, 1)
@@ -415,10 +431,12 @@ def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
         for x in (q, k, v)
     ]
     attention = torch.ops.acmix.window_attention.default
-    yield attention, (q, k, v, position, *shape[2:])
-    yield attention, (*last, None, *shape[2:])
-    out, lse = (x.detach() for x in attention(q, k, v, position, *shape[2:]))
-    detached = [x.detach() for x in (out, q, k, v, position, out, lse)]
+    alpha = torch.tensor(0.7, requires_grad=True)
+    base = torch.randn(q.shape, requires_grad=True)
+    yield attention, (q, k, v, base, position, alpha, *shape[2:])
+    yield attention, (*last, None, None, None, *shape[2:])
+    out, lse = (x.detach() for x in attention(q, k, v, base, position, alpha, *shape[2:]))
+    detached = [x.detach() for x in (out, q, k, v, position, alpha, lse)]
     yield torch.ops.acmix.window_attention_backward.default, (*detached, *shape[2:])
     weight, v = (x.requires_grad_() for x in aggregation_inputs(shape))
     v = v.unflatten(1, (3, 2)).transpose(1, 2).detach().requires_grad_()
@@ -467,7 +485,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     shape = (6, 7, 3, 1, 1)
     inputs, aggregation = attention_inputs(shape), aggregation_inputs(shape)
     with torch.autocast("cpu", dtype=dtype):
-        out = native.forward(*inputs, *shape[2:])
+        out = native.forward(*inputs, *shape[2:], base=torch.zeros_like(inputs[0]))
         aggregated = aggregation_native.forward(*aggregation, *shape[2:])
     assert out.dtype == aggregated.dtype == dtype
     assert_all_close([out], [reference.forward(*inputs, *shape[2:])], TOLERANCE[dtype])

@@ -243,7 +243,7 @@ def test_many_heads_keep_fc_apart(mix: str, shift: str) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_layer_of_san(mix: str) -> None:
+def test_layer_of_san(mix: str, form: str) -> None:
     for shift in SHIFTS:
         layer = PatchwiseACmix(6, 16, kernel_att=3, mix=mix, shift=shift)
         assert_same(trained(nn.Sequential(layer, nn.BatchNorm2d(16))), torch.randn(2, 6, 9, 7))

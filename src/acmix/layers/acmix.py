@@ -140,7 +140,7 @@ class ACmix2d(nn.Module):
             convolution = self._dense_convolution(x, fc_weight, kernels)
             if alpha is None:
                 return convolution
-            attention = self._attention(*self._project_for_attention(x), backend)
+            q, k, v = self._project_for_attention(x)
         else:
             pieces = self._project(x)
             if backend == "native" and alpha is not None and kernels is not None:
@@ -149,10 +149,8 @@ class ACmix2d(nn.Module):
             if alpha is None:
                 return convolution
             q, k, v = pieces.chunk(3, 1)
-            attention = self._attention(q[..., :: self.stride, :: self.stride], k, v, backend)
-        if isinstance(alpha, Tensor):
-            return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
-        return convolution + alpha * attention
+            q = q[..., :: self.stride, :: self.stride]
+        return self._attention(q, k, v, backend, convolution, alpha)
 
     def _project(self, x: Tensor) -> Tensor:
         """Stage I: the 3N pieces of x, (B, 3N, d, H, W)."""
@@ -172,20 +170,36 @@ class ACmix2d(nn.Module):
         heads_apart = (self.heads, self.head_dim)
         return q.unflatten(1, heads_apart), k.unflatten(1, heads_apart), v.unflatten(1, heads_apart)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-        """Stage II, attention path: (B, C, Ho, Wo), head-major."""
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        convolution: Tensor | None = None,
+        alpha: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Stage II, attention path, and where there is another, their mix: (B, C, Ho, Wo).
+
+        The channels of the two are added as they are, although this one's are head-major and the
+        convolution's d-major: released checkpoints depend on it.
+        """
         attend = ATTENTION[backend].forward
-        out = attend(q, k, v, self.position_weight, self.kernel_att, self.stride, self.dilation)
-        return out.flatten(1, 2)
+        sizes = self.kernel_att, self.stride, self.dilation
+        if convolution is not None and backend == "triton":  # whose kernel mixes, too
+            base = convolution.unflatten(1, (self.heads, self.head_dim))
+            return attend(q, k, v, self.position_weight, *sizes, base, alpha).flatten(1, 2)
+        attention = attend(q, k, v, self.position_weight, *sizes).flatten(1, 2)
+        if convolution is None:
+            return attention
+        if isinstance(alpha, Tensor):
+            return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
+        return torch.add(convolution, attention, alpha=alpha)
 
     def _convolution(
         self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor | None, backend: str
     ) -> Tensor:
-        """Stage II, convolution path from the pieces: (B, C, Ho, Wo), d-major.
-
-        The channels of the two paths are added as they are, although one is head-major and the
-        other d-major: released checkpoints depend on it.
-        """
+        """Stage II, convolution path from the pieces: (B, C, Ho, Wo), d-major."""
         if kernels is None:
             return unfolded.forward_tensor_shifts(
                 pieces, fc_weight, self.heads, None, self.stride, self.dilation

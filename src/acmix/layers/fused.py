@@ -133,8 +133,8 @@ class FusedACmix2d(ACmix2d):
             kernel, sizes = self.convolution.weight, (self.kernel_att, self.stride, self.dilation)
             return stage2.forward(pieces, self.position_weight, kernel, 1.0, *sizes)
         q, k, v = pieces.chunk(3, 1)
-        attention = self._attention(q[..., :: self.stride, :: self.stride], k, v, backend)
-        return attention + self.convolution(pieces)
+        q = q[..., :: self.stride, :: self.stride]
+        return self._attention(q, k, v, backend, self.convolution(pieces))
 
 
 class SplitACmix2d(ACmix2d):
@@ -175,8 +175,8 @@ class SplitACmix2d(ACmix2d):
         if not self.has_attention:
             return self.convolution(x)
         backend = resolve(self.backend, ATTENTION, x, self.qkv_weight)
-        attention = self._attention(*self._project_for_attention(x), backend)
-        return attention + self.convolution(x) if self.has_convolution else attention
+        convolution = self.convolution(x) if self.has_convolution else None
+        return self._attention(*self._project_for_attention(x), backend, convolution)
 
     def _project_for_attention(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: head-major, as the weights are; q only where windows are."""
@@ -205,11 +205,20 @@ class FusedPatchwiseACmix(PatchwiseACmix):
         factor = product(alpha, scale, bias[-self.out_channels :])
         self.convolution: FusedConvolution | None = None
         if beta is not None:
-            kernel = folded.fold_fc(*convolution_weights(layer, self.out_channels, beta, scale))
-            if alpha is not None:
+            path = convolution_weights(layer, self.out_channels, beta, scale)
+            taps, dense = None, prefers_dense(like)
+            if dense:
+                shape = (2 + self.reduction, -1)
+                of_x = (weight.flatten(1).unflatten(0, shape), bias.unflatten(0, shape))
+                kernel, taps = folded.fold_dense(*of_x, *path, None)
+            else:
+                kernel = folded.fold_fc(*path)
+            if alpha is not None and not dense:
                 factor = away_from_zero(factor, like.dtype)
                 divide_by_v(kernel, factor, self.out_channels // self.reduction)
-            self.convolution = FusedConvolution(kernel, like=like, backend=self.backend)
+            self.convolution = FusedConvolution(
+                kernel, taps, like=like, backend=self.backend, dense=dense
+            )
         if alpha is not None:
             weight[-self.out_channels :] *= factor[:, None, None, None]
             bias[-self.out_channels :] *= factor
@@ -226,7 +235,8 @@ class FusedPatchwiseACmix(PatchwiseACmix):
         if self.conv_w is not None:
             out = self._attention(*pieces.split([related, related, self.out_channels], 1))
         if self.convolution is not None:
-            convolution = self.convolution(pieces.unflatten(1, (2 + self.reduction, -1)))
+            apart = pieces.unflatten(1, (2 + self.reduction, -1))
+            convolution = self.convolution(x if self.convolution.dense else apart)
             out = convolution if out is None else out + convolution
         assert out is not None
         return out if self.bias is None else out + self.bias[:, None, None]
@@ -283,12 +293,36 @@ class FusedReducedACmix(ReducedACmix):
         self.mix = FixedMix(None if alpha is None else 1.0, None if beta is None else 1.0)
         self.proj = None if layer.proj is None else multiplied(layer.proj, alpha)
         if beta is not None:
-            path = convolution_weights(layer, self.dim, beta)
-            kernel, fc = fewest_operations(*path, self.head_dim)
-            self.convolution = FusedConvolution(kernel, None, fc, like=layer.q.weight)
+            like, path = layer.q.weight, convolution_weights(layer, self.dim, beta)
+            if prefers_dense(like):
+                self.convolution = None
+                self.of_q = self._dense_of(layer.q, path[0][:, : self.heads], path[1])
+                self.of_kv = self._dense_of(layer.kv, path[0][:, self.heads :], path[1])
+            else:
+                kernel, fc = fewest_operations(*path, self.head_dim)
+                self.convolution = FusedConvolution(kernel, None, fc, like=like)
 
-    def _convolve(self, pieces: Tensor, beta: Weight) -> Tensor:
-        return self.convolution(pieces)
+    def _dense_of(self, linear: nn.Linear, fc_weight: Tensor, kernels: Tensor) -> FusedConvolution:
+        heads_apart = (-1, self.head_dim)
+        weight = wide(linear.weight).unflatten(0, heads_apart)
+        bias = None if linear.bias is None else wide(linear.bias).unflatten(0, heads_apart)
+        kernel, taps = folded.fold_dense(weight, bias, fc_weight, kernels, None)
+        return FusedConvolution(kernel, taps, like=linear.weight, dense=True)
+
+    def _convolution(
+        self,
+        x: Tensor,
+        reduced: Tensor,
+        q: Tensor,
+        kv: Tensor,
+        size: tuple[int, int],
+        beta: Weight,
+    ) -> Tensor:
+        if self.convolution is None:
+            out = self.of_q(self._as_map(x, size)) + self.of_kv(self._enlarged(reduced, size))
+        else:
+            out = self.convolution(self._pieces(q, kv, size))
+        return out.flatten(2).transpose(1, 2)
 
 
 def fuse_acmix2d(layer: ACmix2d, scale: Tensor | None, shift: Tensor | None) -> ACmix2d:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers.acmix import prefers_dense
 from acmix.layers.mix import MIXES, Weight, make_mix
 from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks, weighted_aggregation
-from acmix.ops._dispatch import BACKENDS, choose
+from acmix.ops._dispatch import BACKENDS, resolve
 from acmix.ops._windows import pad_reflect, unit_coordinate
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
+from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
 
 
@@ -115,7 +119,7 @@ class PatchwiseACmix(nn.Module):
         if alpha is not None:
             out = alpha * self._attention(q, k, v)
         if beta is not None:
-            convolution = self._convolution(torch.cat([q, k, v], 1), beta)
+            convolution = self._convolution(x, (q, k, v), beta)
             out = convolution if out is None else out + convolution
         assert out is not None
         return out
@@ -126,17 +130,23 @@ class PatchwiseACmix(nn.Module):
         weight = self.conv_w(torch.cat([q, keys], 1)).unflatten(1, (-1, self.kernel_att**2))
         return weighted_aggregation(weight, v, window=self.kernel_att, backend=self.backend)
 
-    def _convolution(self, pieces: Tensor, beta: Weight) -> Tensor:
-        """beta times the convolution path, (B, C, H, W); its channels are d-major, those of the
-        attention are not, and the two are added as they are."""
+    def _convolution(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], beta: Weight) -> Tensor:
+        """beta times the convolution path, (B, C, H, W), from the map x or its projections; its
+        channels are d-major, those of the attention are not, and the two are added as they are."""
         assert beta is not None
         fc_weight = beta * self.fc_weight
         kernels = self.shift.kernels(like=fc_weight)
-        pieces = pieces.unflatten(1, (2 + self.reduction, -1))
+        shape = (2 + self.reduction, -1)
+        backend = resolve(self.backend, CONVOLUTION, x)
+        if kernels is not None and backend != "reference" and prefers_dense(x):
+            convs: list[Any] = [self.conv1, self.conv2, self.conv3]
+            weight = torch.cat([conv.weight for conv in convs]).flatten(1).unflatten(0, shape)
+            bias = torch.cat([conv.bias for conv in convs]).unflatten(0, shape)
+            return folded.forward_dense(x, weight, bias, fc_weight, kernels, None, 1, 1)
+        pieces = torch.cat(qkv, 1).unflatten(1, shape)
         if kernels is None:
             return unfolded.forward_tensor_shifts(pieces, fc_weight, self.reduction, None, 1, 1)
-        convolve = choose(self.backend, CONVOLUTION, pieces).forward
-        return convolve(pieces, fc_weight, kernels, None, 1, 1)
+        return CONVOLUTION[backend].forward(pieces, fc_weight, kernels, None, 1, 1)
 
     def extra_repr(self) -> str:
         return (

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers._sizes import crop, multiple, pad_to_multiple
+from acmix.layers.acmix import prefers_dense
 from acmix.layers.mix import MIXES, Weight, make_mix, weigh
 from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
+from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution import reference as unfolded
 
 
@@ -108,12 +110,14 @@ class ReducedACmix(nn.Module):
         """x (B, L, dim), of which the last H * W tokens are a map of `size` -> (B, L, dim)."""
         extra = self._check(x, size)
         alpha, beta = self.mix.weights()
-        q, kv = self.q(x), self.kv(self._reduce(x, size))
+        reduced = self._reduce(x, size)
+        q, kv = self.q(x), self.kv(reduced)
         out: Tensor | None = None
         if self.proj is not None:
             out = weigh(alpha, self.proj(self._attention(q, kv)))
         if beta is not None:
-            convolution = self._convolution(q[:, extra:], kv[:, extra:], size, beta)
+            maps = (x[:, extra:], reduced[:, extra:], q[:, extra:], kv[:, extra:])
+            convolution = self._convolution(*maps, size, beta)
             convolution = F.pad(convolution, (0, 0, extra, 0))
             out = convolution if out is None else out + convolution
         assert out is not None
@@ -140,7 +144,7 @@ class ReducedACmix(nn.Module):
         """The tokens that keys and values are made from."""
         if self.sr is None:
             return x
-        image = x.transpose(1, 2).unflatten(2, size)
+        image = self._as_map(x, size)
         image = pad_to_multiple(image, self.reduction, self.reduction)
         return self.norm(self.sr(image).flatten(2).transpose(1, 2))
 
@@ -151,26 +155,59 @@ class ReducedACmix(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return out.transpose(1, 2).flatten(2)
 
-    def _convolution(self, q: Tensor, kv: Tensor, size: tuple[int, int], beta: Weight) -> Tensor:
-        """beta times the convolution path: (B, H * W, dim), d-major."""
-        kv = kv.transpose(1, 2).unflatten(2, self._reduced(size))
-        if self.sr is not None:
-            # fc is linear: enlarging its input is enlarging its output.
-            enlarged = [multiple(side, self.reduction) for side in size]
-            kv = crop(F.interpolate(kv, size=enlarged, mode="nearest"), size, dim=2)
-        pieces = torch.cat([q.transpose(1, 2).unflatten(2, size), kv], 1)
-        out = self._convolve(pieces.unflatten(1, (3 * self.heads, self.head_dim)), beta)
-        return out.flatten(2).transpose(1, 2)
-
-    def _convolve(self, pieces: Tensor, beta: Weight) -> Tensor:
-        """pieces (B, 3N, d, H, W) -> (B, dim, H, W)."""
+    def _convolution(
+        self,
+        x: Tensor,
+        reduced: Tensor,
+        q: Tensor,
+        kv: Tensor,
+        size: tuple[int, int],
+        beta: Weight,
+    ) -> Tensor:
+        """beta times the convolution path, (B, H * W, dim), from x and its reduced tokens or from
+        their projections; d-major."""
         assert beta is not None
         fc_weight = beta * self.fc_weight
         kernels = self.shift.kernels(like=fc_weight)
-        if kernels is None:
-            return unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
-        convolve = choose("auto", CONVOLUTION, pieces).forward
-        return convolve(pieces, fc_weight, kernels, None, 1, 1)
+        if kernels is not None and prefers_dense(x):
+            of_q = (self._as_map(x, size), self.q, fc_weight[:, : self.heads])
+            of_kv = (self._enlarged(reduced, size), self.kv, fc_weight[:, self.heads :])
+            out = self._dense(*of_q, kernels) + self._dense(*of_kv, kernels)
+        elif kernels is None:
+            pieces = self._pieces(q, kv, size)
+            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
+        else:
+            pieces = self._pieces(q, kv, size)
+            convolve = choose("auto", CONVOLUTION, pieces).forward
+            out = convolve(pieces, fc_weight, kernels, None, 1, 1)
+        return out.flatten(2).transpose(1, 2)
+
+    def _pieces(self, q: Tensor, kv: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, 3N, d, H, W)"""
+        pieces = torch.cat([self._as_map(q, size), self._enlarged(kv, size)], 1)
+        return pieces.unflatten(1, (3 * self.heads, self.head_dim))
+
+    def _as_map(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, H * W, C) -> (B, C, H, W)."""
+        return tokens.transpose(1, 2).unflatten(2, size)
+
+    def _enlarged(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Reduced tokens as a map of `size`; fc and projections are linear, so that enlarging what
+        they take is enlarging what they give."""
+        image = self._as_map(tokens, self._reduced(size))
+        if self.sr is None:
+            return image
+        enlarged = [multiple(side, self.reduction) for side in size]
+        return crop(F.interpolate(image, size=enlarged, mode="nearest"), size, dim=2)
+
+    def _dense(
+        self, image: Tensor, linear: nn.Linear, fc_weight: Tensor, kernels: Tensor
+    ) -> Tensor:
+        """The part of a projection's pieces as one dense convolution of what it projects."""
+        heads_apart = (-1, self.head_dim)
+        weight = linear.weight.unflatten(0, heads_apart)
+        bias = None if linear.bias is None else linear.bias.unflatten(0, heads_apart)
+        return folded.forward_dense(image, weight, bias, fc_weight, kernels, None, 1, 1)
 
     def extra_repr(self) -> str:
         return (

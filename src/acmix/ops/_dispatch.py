@@ -4,11 +4,16 @@ An implementation is a module with `forward`; one that is not for every tensor a
 `why_not(*tensors)`, which returns a one-line reason or None. `"auto"` takes the first of AUTO that
 has no reason against it; the reference comes last, for the transforms of torch.func. A backend
 named by the caller runs or raises: nothing falls back silently.
+
+The kernels for the GPU are tried on each before their first use there: a warning tells where they
+are not used.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
@@ -18,8 +23,7 @@ from acmix.ops import _native
 from acmix.ops._checks import check_choice
 from acmix.ops._library import INTERPRETED, why_not_transformed
 
-# Without triton: its kernels have run in the interpreter alone, and on no GPU yet.
-AUTO = ("native", "tiled", "reference")
+AUTO = ("native", "triton", "tiled", "reference")
 BACKENDS = ("auto", "reference", "tiled", "native", "triton")
 
 
@@ -28,7 +32,7 @@ def backends() -> dict[str, str | None]:
 
     reference: the definition, unfolded windows, any device and dtype. tiled: portable PyTorch,
     any device and dtype. native: the C++ kernel for the CPU. triton: the kernels for the GPU, and
-    its convolution for the shift convolution.
+    its convolution for the shift convolution; whether a GPU runs them is seen at the first use.
     """
     return {
         "reference": None,
@@ -75,11 +79,30 @@ def _triton_reason() -> str | None:
     return "PyTorch finds no GPU"
 
 
+_faults: dict[tuple[torch.device, torch.dtype], str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def _triton_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU cannot run the kernels, tried once a process; None where it can."""
+    if (device, dtype) not in _faults:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # a CUDA graph takes nothing else, and was warmed up before
+        trial = importlib.import_module("acmix.ops.window_attention._trial")
+        _faults[device, dtype] = reason = trial.fault(device, dtype)
+        if reason is not None:
+            message = f"the GPU kernels are not used for {dtype}: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return _faults[device, dtype]
+
+
 def _triton_why_not(tensor: Tensor, *others: Tensor) -> str | None:
     if transformed := why_not_transformed(tensor, *others):
         return transformed
-    if tensor.device.type not in ("cuda", "xpu") and not INTERPRETED:
+    on_gpu = tensor.device.type in ("cuda", "xpu")
+    if not on_gpu and not INTERPRETED:
         return _triton_reason() or f"the GPU kernels take no tensors on {tensor.device.type}"
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the GPU kernels compute in float32, which is too narrow for {tensor.dtype}"
-    return _triton_reason()
+    reason = _triton_reason()
+    return _triton_fault(tensor.device, tensor.dtype) if on_gpu and reason is None else reason

@@ -49,7 +49,7 @@ def register_gpu(name: str, module: str, function: str) -> None:
 
 
 def register_autocast(name: str, tensors: int) -> None:
-    """Under autocast the first `tensors` arguments take the device's autocast dtype."""
+    """Under autocast the first `tensors` arguments, where given, take the device's dtype for it."""
     for device in ("cpu", "cuda"):
         key = f"Autocast{device.upper()}"
         _library.impl(name, _autocast(name, tensors, device, key), key)
@@ -58,8 +58,8 @@ def register_autocast(name: str, tensors: int) -> None:
 def _autocast(name: str, tensors: int, device: str, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.device.type != device or tensor.dtype == torch.float64:
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.device.type != device or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(torch.get_autocast_dtype(device))
 

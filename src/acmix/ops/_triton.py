@@ -116,8 +116,8 @@ def unit(index, size):
     return index.to(tl.float32) * (2 / tl.maximum(size - 1, 1).to(tl.float32)) - 1
 
 
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.stride())
+def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.stride())
 
 
 def least_dilation(dilation: int, height: int, width: int) -> int:
@@ -132,7 +132,10 @@ def padded_channels(channels: int) -> int:
 
 def precision() -> str:
     """Of float32 products: the user's choice for every other matrix product."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # from PyTorch 2.9, where reading the other may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def search(key: Hashable, tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:

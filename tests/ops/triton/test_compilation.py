@@ -117,15 +117,43 @@ def test_attention(
     recorders = record(monkeypatch, attention, names)
     head_dim, side, *sizes = case
     fused = torch.empty(2, side, side, 3, 4, head_dim, dtype=dtype).permute(3, 0, 4, 5, 1, 2)
-    position = torch.empty(head_dim, 2)
+    position, alpha = torch.empty(head_dim, 2), torch.empty(())
     q, k, v = fused
     q = q[..., :: sizes[1], :: sizes[1]]
-    out, lse = attention.forward(q, k, v, position, *sizes)
-    attention.backward(out, q, k, v, position, out, lse, *sizes)
+    out, lse = attention.forward(q, k, v, torch.empty_like(q), position, alpha, *sizes)
+    attention.backward(out, q, k, v, position, alpha, lse, *sizes)
     for name, recorder in zip(names, recorders, strict=True):
         shared, spill = recorder.compile(capability)
         assert shared <= SHARED[capability], f"{name}: {shared} bytes of shared memory"
         assert spill <= 512, f"{name}: {spill} bytes spilled"
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_all_keys_of_a_window_of_7_in_one_block(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the query gradient makes the probabilities once."""
+    [recorder] = record(monkeypatch, attention, ["_forward_kernel"])
+    q, k, v = torch.empty(3, 1, 1, head_dim, 28, 28, dtype=torch.bfloat16)
+    attention.forward(q, k, v, None, None, None, 7, 1, 1)
+    [call] = recorder.calls
+    assert call["HALO_ROWS"] * call["HALO_COLUMNS"] <= call["BLOCK"]
+
+
+@pytest.mark.parametrize("side", [(1, 1), (1, 9), (9, 1)], ids=str)
+def test_sizes_of_one(side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton makes a constant of an integer that is 1, which has no methods of a tensor's."""
+    names = ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]
+    recorders = record(monkeypatch, attention, names)
+    q, k, v = torch.empty(3, 1, 1, 1, *side)
+    out, lse = attention.forward(q, k, v, None, None, None, 3, 1, 1)
+    attention.backward(out, q, k, v, None, None, lse, 3, 1, 1)
+    names = ["_forward_kernel", "_weight_gradient_kernel", "_value_gradient_kernel"]
+    recorders += record(monkeypatch, aggregation, names)
+    weight = torch.empty(1, 1, 9, *side)
+    aggregation.backward(aggregation.forward(weight, v, 3, 1, 1), weight, v, 3, 1, 1)
+    for recorder in recorders:
+        recorder.compile(80)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -11,18 +11,30 @@ import pytest
 
 from acmix.ops._library import INTERPRETED
 
-KERNELS = Path(__file__).parent / "test_kernels.py"
+TESTS = Path(__file__).parents[2]
+# Of the layers those whose attention is of the kernels; 49 taps of aggregation take a minute.
+CHOICE = "not test_in_place or ACmix2d or attention"
+FILES = [TESTS / "ops/triton/test_kernels.py", TESTS / "layers/test_in_place.py"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="this is the process")
 def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", str(KERNELS), "-x", f"--basetemp={tmp_path / 'own'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *FILES,
+        "-k",
+        CHOICE,
+        "-x",
+        f"--basetemp={tmp_path / 'own'}",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-W", "ignore"],
         env=environment,
-        cwd=KERNELS.parents[3],
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -1,18 +1,24 @@
 """The GPU kernels against the reference: on a GPU in all dtypes, else in float32 by Triton's
 interpreter, in the process that test_interpreter.py starts."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, as_function, assert_all_close, outputs_and_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import acmix
 from acmix import ACmix2d
+from acmix.layers.mix import MIXES
 from acmix.ops import backends, weighted_aggregation, window_attention
 from acmix.ops._library import INTERPRETED
-from acmix.ops.window_attention import _fused, reference
+from acmix.ops._triton import precision
+from acmix.ops.window_attention import _fused, _trial, reference
+from acmix.ops.window_attention import triton as kernels
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
@@ -138,6 +144,34 @@ def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     check(attention, shape, attention_inputs(shape, head_dim, dtype))
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 3, 1, 1), (9, 13, 5, 1, 2)], ids=named)
+@dtypes
+def test_mix(shape: Shape, dtype: torch.dtype) -> None:
+    """base + alpha * attention, and every gradient; once with all keys of a tile in one block and
+    once in several."""
+    *tensors, position = attention_inputs(shape, 8, dtype)
+    inputs = [x.unflatten(1, (2, 8)) for x in tensors]
+    base = torch.randn_like(inputs[0]).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    inputs += [position, base, torch.tensor(-0.7, device=DEVICE)]
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, base: Tensor, alpha: Tensor) -> Tensor:
+        return base + alpha * reference.forward(q, k, v, p, *shape[2:])
+
+    def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        return _fused.forward(q, k, v, p, *shape[2:], *mix)
+
+    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
+    assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[dtype])
+
+
+def test_mix_with_a_number() -> None:
+    shape = (5, 6, 3, 1, 1)
+    q, k, v = (x.unflatten(1, (2, 3)) for x in attention_inputs(shape)[:3])
+    out = _fused.forward(q, k, v, None, *shape[2:], q, 0.25)
+    expected = q + 0.25 * reference.forward(q, k, v, None, *shape[2:])
+    assert_all_close([out], [expected], TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("window", [3, 9, 13])
 def test_window(window: int) -> None:
     shape = (8, 7, window, 1, 1)
@@ -209,13 +243,59 @@ def test_results_repeat_to_the_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("mix", ["learned", "attention", "convolution"])
+@pytest.mark.parametrize("mix", MIXES)
 def test_layer(mix: str) -> None:
-    layer = ACmix2d(4, 4, heads=2, stride=2, mix=mix, backend="triton", device=DEVICE)
-    exact = ACmix2d(4, 4, heads=2, stride=2, mix=mix, backend="reference", device=DEVICE)
-    exact.load_state_dict(layer.state_dict())
-    x = torch.randn(1, 4, 7, 6, device=DEVICE)
-    assert_all_close([layer(x)], [exact(x)], 1e-5)
+    layer = ACmix2d(4, 4, heads=2, stride=2, kernel_att=3, mix=mix, backend="triton", device=DEVICE)
+    exact = copy.deepcopy(layer)
+    exact.backend = "reference"
+    inputs = [torch.randn(1, 4, 7, 6, device=DEVICE), *layer.parameters()]
+    actual = outputs_and_gradients(as_function(layer), inputs)
+    assert_all_close(actual, outputs_and_gradients(as_function(exact), inputs), 1e-5)
+    fused = acmix.fuse(layer.eval())
+    assert_all_close([fused(inputs[0])], actual[:1], 1e-5)
+
+
+def test_the_layer_mixes_in_the_kernel() -> None:
+    """The mix of the paths is part of the operator: nothing multiplies or adds a map after it."""
+    layer = ACmix2d(4, 4, heads=2, backend="triton", device=DEVICE)
+    with torch.profiler.profile() as profile:
+        layer(torch.randn(1, 4, 5, 5, device=DEVICE))
+    names = [event.name for event in profile.events()]
+    assert not {"aten::add", "aten::addcmul"} & set(names[names.index("acmix::window_attention") :])
+
+
+@pytest.mark.parametrize(("name", "tf32"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_float32_products_are_as_exact_as_the_users(name: str, tf32: bool | str) -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, name):
+        pytest.skip("this PyTorch has no such switch")
+    before = getattr(matmul, name)
+    assert precision() == "ieee"
+    try:
+        setattr(matmul, name, tf32)
+        assert precision() == "tf32"
+    finally:
+        setattr(matmul, name, before)
+
+
+@dtypes
+def test_trial(dtype: torch.dtype) -> None:
+    assert _trial.fault(DEVICE, dtype) is None
+
+
+def test_trial_is_apart_from_the_callers_modes() -> None:
+    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16), FakeTensorMode():
+        assert _trial.fault(DEVICE, torch.float32) is None
+
+
+def test_trial_of_kernels_that_do_not_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_key_gradient_kernel", None)
+    assert "they do not run on" in _trial.fault(DEVICE, torch.float32)
+
+
+def test_trial_of_kernels_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LOG2_E", 1.0)
+    assert "they differ from the reference by" in _trial.fault(DEVICE, torch.float32)
 
 
 def test_what_is_refused() -> None:
@@ -232,10 +312,12 @@ def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
     *tensors, position = attention_inputs(shape, 4)
     q, k, v = (x.unflatten(1, (2, 4)).requires_grad_() for x in tensors)
     operator = torch.ops.acmix.window_attention.default
-    yield operator, (q, k, v, position.requires_grad_(), *shape[2:])
-    yield operator, (q, k, v, None, *shape[2:])
-    out, lse = operator(q, k, v, position, *shape[2:])
-    saved = [x.detach() for x in (out, q, k, v, position, out, lse)]
+    alpha = torch.tensor(0.7, device=DEVICE, requires_grad=True)
+    base = torch.randn_like(q).requires_grad_()
+    yield operator, (q, k, v, base, position.requires_grad_(), alpha, *shape[2:])
+    yield operator, (q, k, v, None, None, None, *shape[2:])
+    out, lse = operator(q, k, v, base, position, alpha, *shape[2:])
+    saved = [x.detach() for x in (out, q, k, v, position, alpha, lse)]
     yield torch.ops.acmix.window_attention_backward.default, (*saved, *shape[2:])
     weight, v = aggregation_inputs(shape)
     v = v.unflatten(1, (3, 2)).transpose(1, 2).detach()

@@ -119,7 +119,7 @@ def _image(pixel, number, size):
     """Where a pixel's `number`-th reflection stands beyond the map (0: itself), and whether that is
     another place than those of the even numbers."""
     last = tl.maximum(size - 1, 1)
-    single = (size == 1).to(tl.int32)
+    single = tl.where(size == 1, 1, 0)
     odd = (number & 1) == 1
     at = tl.where(odd, (number + 1) * last - pixel - single, number * last + pixel)
     return at, ~odd | (size == 1) | ((pixel > 0) & (pixel < size - 1))

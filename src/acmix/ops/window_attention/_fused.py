@@ -1,7 +1,10 @@
 """`torch.ops.acmix.window_attention`: windowed attention as one operator with a kernel a device.
 
+out = base + alpha * attention: the mix of two paths costs no pass over memory of its own.
+
 The forward pass keeps the log2-sum-exp2 of every window; the backward pass computes the
-probabilities again from it, so nothing of window^2 times the channels is ever stored.
+probabilities again from it, so nothing of window^2 times the channels is ever stored, nor the
+output, which may be changed in place.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ from acmix.ops import _library
 
 _library.define(
     "window_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? position, SymInt window, SymInt stride, "
-    "SymInt dilation) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? position, Tensor? alpha, "
+    "SymInt window, SymInt stride, SymInt dilation) -> (Tensor out, Tensor lse)",
 )
 _library.define(
     "window_attention_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? out, Tensor lse, "
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? alpha, Tensor lse, "
     "SymInt window, SymInt stride, SymInt dilation) "
-    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position)",
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position, Tensor grad_alpha)",
 )
-_library.register_autocast("window_attention", tensors=3)
+_library.register_autocast("window_attention", tensors=4)
 _library.register_gpu("window_attention", "acmix.ops.window_attention.triton", "forward")
 _library.register_gpu("window_attention_backward", "acmix.ops.window_attention.triton", "backward")
 
@@ -38,9 +41,19 @@ def forward(
     window: int,
     stride: int,
     dilation: int,
+    base: Tensor | None = None,
+    alpha: Tensor | float = 1.0,
 ) -> Tensor:
-    """q (B, N, d, Ho, Wo), k and v (B, N, d, H, W), position (d, 2) -> (B, N, d, Ho, Wo)."""
-    return torch.ops.acmix.window_attention(q, k, v, position, window, stride, dilation)[0]
+    """q (B, N, d, Ho, Wo), k and v (B, N, d, H, W), position (d, 2) -> (B, N, d, Ho, Wo): base, of
+    that shape, plus the attention times the scalar alpha.
+    """
+    factor: Tensor | None = None
+    if isinstance(alpha, Tensor):
+        factor = alpha
+    elif alpha != 1:
+        factor = q.new_full((), alpha, dtype=torch.float32)
+    sizes = window, stride, dilation
+    return torch.ops.acmix.window_attention(q, k, v, base, position, factor, *sizes)[0]
 
 
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,14 +66,15 @@ def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for the gradients, laid out like the tensors; without a position term its gradient
-    has no rows.
-    """
-    shape = (0, 2) if position is None else tuple(position.shape)
-    grad_position = (q if position is None else position).new_empty(shape)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_position
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, alpha: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients, laid out like the tensors; that of an absent one has no elements."""
+
+    def empty(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    maps = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return *maps, empty(position), empty(alpha)
 
 
 @torch.library.register_fake("acmix::window_attention")
@@ -68,7 +82,9 @@ def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    base: Tensor | None,
     position: Tensor | None,
+    alpha: Tensor | None,
     window: int,
     stride: int,
     dilation: int,
@@ -83,30 +99,35 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    out: Tensor | None,
+    alpha: Tensor | None,
     lse: Tensor,
     window: int,
     stride: int,
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients(q, k, v, position)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_gradients(q, k, v, position, alpha)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, position, *ctx.sizes = inputs
-    out, lse = output
-    # The kernel for the CPU does without the output, which may then be changed in place.
-    needed = q.device.type != "cpu" or _library.INTERPRETED
-    ctx.save_for_backward(q, k, v, position, out if needed else None, lse)
+    q, k, v, base, position, alpha, *ctx.sizes = inputs
+    _, lse = output
+    ctx.has_base = base is not None
+    ctx.save_for_backward(q, k, v, position, alpha, lse)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, position, out, lse = ctx.saved_tensors
-    *grads, grad_position = torch.ops.acmix.window_attention_backward(
-        grad_out, q, k, v, position, out, lse, *ctx.sizes
+    *_, position, alpha, _ = saved = ctx.saved_tensors
+    *grads, grad_position, grad_alpha = torch.ops.acmix.window_attention_backward(
+        grad_out, *saved, *ctx.sizes
     )
-    return *grads, None if position is None else grad_position, None, None, None
+    return (
+        *grads,
+        grad_out if ctx.has_base else None,
+        None if position is None else grad_position,
+        None if alpha is None else grad_alpha,
+        *[None] * 3,
+    )
 
 
 torch.library.register_autograd("acmix::window_attention", _backward, setup_context=_save)
@@ -114,7 +135,17 @@ _library.refuse_second_derivative("window_attention_backward")
 
 
 @register_flop_formula(torch.ops.acmix.window_attention)
-def _flops(q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any) -> int:
+def _flops(
+    q: torch.Size,
+    k: Any,
+    v: Any,
+    base: Any,
+    position: Any,
+    alpha: Any,
+    window: int,
+    *_: Any,
+    **__: Any,
+) -> int:
     """Two products of every query with the window^2 taps, 2 operations a multiply-add."""
     return 2 * 2 * window**2 * q.numel()
 
@@ -126,7 +157,7 @@ def _flops_backward(
     k: Any,
     v: Any,
     position: Any,
-    out: Any,
+    alpha: Any,
     lse: Any,
     window: int,
     *_: Any,

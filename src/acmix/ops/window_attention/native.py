@@ -20,14 +20,17 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    base: Tensor | None,
     position: Tensor | None,
+    alpha: Tensor | None,
     window: int,
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(q, v)
-    _native.attention_forward(q, k, v, _as_floats(position), window, stride, dilation, out, lse)
-    return out, lse
+    sizes = window, stride, dilation
+    _native.attention_forward(q, k, v, _floats(position), *sizes, out, lse, _floats(alpha))
+    return out if base is None else out.add_(base), lse
 
 
 @_library.register_cpu("window_attention_backward")
@@ -37,23 +40,20 @@ def _backward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    out: Tensor | None,
+    alpha: Tensor | None,
     lse: Tensor,
     window: int,
     stride: int,
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`out` is for other devices: here a query's probabilities and their gradients are all at
-    hand when their product is needed.
-    """
-    grad_q, grad_k, grad_v, grad_position = empty_gradients(q, k, v, position)
-    floats = None if position is None else torch.empty(position.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = grad_q, grad_k, grad_v, *small = empty_gradients(q, k, v, position, alpha)
+    sums = [None if x is None else torch.empty(x.shape) for x in (position, alpha)]
     _native.attention_backward(
         grad_out,
         q,
         k,
         v,
-        _as_floats(position),
+        _floats(position),
         lse,
         window,
         stride,
@@ -61,12 +61,15 @@ def _backward(
         grad_q,
         grad_k,
         grad_v,
-        floats,
+        sums[0],
+        _floats(alpha),
+        sums[1],
     )
-    if floats is not None:
-        grad_position.copy_(floats)
-    return grad_q, grad_k, grad_v, grad_position
+    for to, floats in zip(small, sums, strict=True):
+        if floats is not None:
+            to.copy_(floats)
+    return grads
 
 
-def _as_floats(position: Tensor | None) -> Tensor | None:
-    return None if position is None else position.float().contiguous()
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

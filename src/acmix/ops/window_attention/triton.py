@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -38,9 +39,10 @@ from acmix.ops._triton import (
 from acmix.ops.window_attention._fused import empty_gradients, empty_outputs
 
 LOG2_E = math.log2(math.e)
+SHAPES = [(4, 4, 128, 2), (4, 4, 128, 4), (4, 4, 64, 1), (4, 8, 32, 4), (8, 8, 64, 4)]
 CANDIDATES = [
     Tile(rows, columns, block, warps, heads=heads)
-    for rows, columns, block, warps in [(4, 4, 128, 2), (4, 4, 64, 1), (4, 8, 32, 4), (8, 8, 64, 4)]
+    for rows, columns, block, warps in SHAPES
     for heads in (1, 4)
 ]
 
@@ -79,6 +81,13 @@ def _positioned(k, position, channel, row, column, height, width, D: tl.constexp
 
 
 @triton.jit
+def _halo(start, top, left, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of the pixels around a tile: rows, columns and which of them there are."""
+    j = start + tl.arange(0, BLOCK)
+    return top + j // COLUMNS, left + j % COLUMNS, j < ROWS * COLUMNS
+
+
+@triton.jit
 def _tile_of(program, height, width, heads, ROWS, COLUMNS, HEADS):
     """A program's first row and column, batch and first head. Neighbours in memory run together:
     heads, then tiles, then the batch."""
@@ -96,12 +105,15 @@ def _forward_kernel(
     q,
     k,
     v,
+    base,
     position,
+    alpha,
     out,
     lse,
     q_strides,
     k_strides,
     v_strides,
+    base_strides,
     out_strides,
     scale,
     heads,
@@ -121,11 +133,10 @@ def _forward_kernel(
     HALO_ROWS: tl.constexpr,
     HALO_COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
-    POSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (ROWS * COLUMNS queries) = softmax(q k^T / sqrt(d), keys counted `times`) v;
-    scale = log2(e) / sqrt(d)."""
+    """out (ROWS * COLUMNS queries) = base + alpha * softmax(q k^T / sqrt(d), keys counted `times`)
+    v; scale = log2(e) / sqrt(d)."""
     row, column, batch, first_head = _tile_of(
         tl.program_id(0), out_height, out_width, heads, ROWS, COLUMNS, HEADS
     )
@@ -149,9 +160,7 @@ def _forward_kernel(
         total = tl.zeros((ROWS * COLUMNS,), tl.float32)
         sums = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
         for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            in_halo = j < HALO_ROWS * HALO_COLUMNS
-            ky, kx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
+            ky, kx, in_halo = _halo(start, top, left, BLOCK, HALO_ROWS, HALO_COLUMNS)
             times = _times(
                 (qy * STRIDE)[:, None],
                 (qx * STRIDE)[:, None],
@@ -177,7 +186,7 @@ def _forward_kernel(
                 kx[None, :],
                 in_head[:, None] & in_halo[None, :],
             )
-            if POSITION:
+            if position is not None:
                 keys = _positioned(
                     keys, position, c[:, None], ky[None, :], kx[None, :], height, width, D
                 )
@@ -201,20 +210,83 @@ def _forward_kernel(
             sums = sums * shrink[:, None]
             sums = tl.dot(weights.to(values.dtype), values, sums, input_precision=PRECISION)
             largest = larger
-        store(
-            out,
-            out_strides,
-            batch,
-            n,
-            c[None, :],
-            qy[:, None],
-            qx[:, None],
-            (sums / total[:, None]),
-            loaded,
-        )
+        sums /= total[:, None]
+        if alpha is not None:
+            sums *= tl.load(alpha).to(tl.float32)
+        if base is not None:
+            add = load(base, base_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+            sums += add.to(tl.float32)
+        store(out, out_strides, batch, n, c[None, :], qy[:, None], qx[:, None], sums, loaded)
         map_index = (batch.to(tl.int64) * heads + n) * out_height
         at_lse = (map_index + qy) * out_width + qx
         tl.store(lse + at_lse, largest + tl.log2(total), mask=in_map)
+
+
+@triton.jit
+def _probabilities(
+    tile,
+    maps,
+    start,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DILATION: tl.constexpr,
+    ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALO_ROWS: tl.constexpr,
+    HALO_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of keys, how much the queries of a tile look at each, and the gradients of that."""
+    queries, grads, log_total, qy, qx, seen = tile
+    top, left, first_y, last_y, first_x, last_x = seen
+    k, v, position, k_strides, v_strides, batch, n, height, width = maps
+    c = tl.arange(0, BLOCK_D)
+    in_head = c < D
+    ky, kx, in_halo = _halo(start, top, left, BLOCK, HALO_ROWS, HALO_COLUMNS)
+    times = _times(
+        qy[:, None],
+        qx[:, None],
+        tl.where(in_halo, ky, -(2**30))[None, :],
+        kx[None, :],
+        height,
+        width,
+        first_y,
+        last_y,
+        first_x,
+        last_x,
+        WINDOW,
+        DILATION,
+        ONCE,
+    )
+    keys = load(
+        k,
+        k_strides,
+        batch,
+        n,
+        c[:, None],
+        ky[None, :],
+        kx[None, :],
+        in_head[:, None] & in_halo[None, :],
+    )
+    if position is not None:
+        keys = _positioned(keys, position, c[:, None], ky[None, :], kx[None, :], height, width, D)
+    values = load(
+        v,
+        v_strides,
+        batch,
+        n,
+        c[:, None],
+        ky[None, :],
+        kx[None, :],
+        in_head[:, None] & in_halo[None, :],
+    )
+    logits = tl.dot(queries, keys, input_precision=PRECISION) * scale
+    logits = tl.where(times > 0, logits - log_total[:, None], float("-inf"))
+    weights = tl.exp2(logits) * times
+    grad_weights = tl.dot(grads, values, input_precision=PRECISION)
+    return keys, weights, grad_weights
 
 
 @triton.jit
@@ -224,7 +296,7 @@ def _query_gradient_kernel(
     k,
     v,
     position,
-    out,
+    alpha,
     lse,
     delta,
     grad_q,
@@ -232,7 +304,6 @@ def _query_gradient_kernel(
     q_strides,
     k_strides,
     v_strides,
-    out_strides,
     grad_q_strides,
     scale,
     heads,
@@ -252,14 +323,15 @@ def _query_gradient_kernel(
     HALO_ROWS: tl.constexpr,
     HALO_COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
-    POSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fills grad_q and delta, the product of output and gradient, in the tiles of the forward."""
+    """Fills grad_q and delta, what the probabilities' gradients are on average, in the tiles of the
+    forward. delta, and all that is summed, is for an alpha of 1."""
     row, column, batch, first_head = _tile_of(
         tl.program_id(0), out_height, out_width, heads, ROWS, COLUMNS, HEADS
     )
     reach: tl.constexpr = WINDOW // 2 * DILATION
+    ONE_BLOCK: tl.constexpr = HALO_ROWS * HALO_COLUMNS <= BLOCK
     top = tl.maximum(tl.minimum(row * STRIDE - reach, height - HALO_ROWS), 0)
     left = tl.maximum(tl.minimum(column * STRIDE - reach, width - HALO_COLUMNS), 0)
     first_y, last_y = row * STRIDE, (row + ROWS - 1) * STRIDE
@@ -276,63 +348,56 @@ def _query_gradient_kernel(
         n = first_head + i
         queries = load(q, q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
         grads = load(grad_out, grad_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
-        outs = load(out, out_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
-        mean = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
         map_index = (batch.to(tl.int64) * heads + n) * out_height
         at_lse = (map_index + qy) * out_width + qx
-        tl.store(delta + at_lse, mean, mask=in_map)
         log_total = tl.load(lse + at_lse, mask=in_map, other=float("inf"))
+        seen = top, left, first_y, last_y, first_x, last_x
+        tile = queries, grads, log_total, qy * STRIDE, qx * STRIDE, seen
+        maps = k, v, position, k_strides, v_strides, batch, n, height, width
+        mean = tl.zeros((ROWS * COLUMNS,), tl.float32)
+        if not ONE_BLOCK:  # the average comes first, in a loop of its own
+            for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
+                _, weights, grad_weights = _probabilities(
+                    tile,
+                    maps,
+                    start,
+                    scale,
+                    D,
+                    BLOCK_D,
+                    WINDOW,
+                    DILATION,
+                    ONCE,
+                    BLOCK,
+                    HALO_ROWS,
+                    HALO_COLUMNS,
+                    PRECISION,
+                )
+                mean += tl.sum(weights * grad_weights, 1)
         sums = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
         for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            in_halo = j < HALO_ROWS * HALO_COLUMNS
-            ky, kx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
-            times = _times(
-                (qy * STRIDE)[:, None],
-                (qx * STRIDE)[:, None],
-                tl.where(in_halo, ky, -(2**30))[None, :],
-                kx[None, :],
-                height,
-                width,
-                first_y,
-                last_y,
-                first_x,
-                last_x,
+            keys, weights, grad_weights = _probabilities(
+                tile,
+                maps,
+                start,
+                scale,
+                D,
+                BLOCK_D,
                 WINDOW,
                 DILATION,
                 ONCE,
+                BLOCK,
+                HALO_ROWS,
+                HALO_COLUMNS,
+                PRECISION,
             )
-            keys = load(
-                k,
-                k_strides,
-                batch,
-                n,
-                c[:, None],
-                ky[None, :],
-                kx[None, :],
-                in_head[:, None] & in_halo[None, :],
-            )
-            if POSITION:
-                keys = _positioned(
-                    keys, position, c[:, None], ky[None, :], kx[None, :], height, width, D
-                )
-            values = load(
-                v,
-                v_strides,
-                batch,
-                n,
-                c[:, None],
-                ky[None, :],
-                kx[None, :],
-                in_head[:, None] & in_halo[None, :],
-            )
-            logits = tl.dot(queries, keys, input_precision=PRECISION) * scale
-            logits = tl.where(times > 0, logits - log_total[:, None], float("-inf"))
-            weights = tl.exp2(logits) * times
-            grad_weights = tl.dot(grads, values, input_precision=PRECISION)
+            if ONE_BLOCK:
+                mean = tl.sum(weights * grad_weights, 1)
             grad_logits = (weights * (grad_weights - mean[:, None])).to(keys.dtype)
             sums = tl.dot(grad_logits, tl.trans(keys), sums, input_precision=PRECISION)
+        tl.store(delta + at_lse, mean, mask=in_map)
         sums *= scale * 0.6931471805599453  # ln 2
+        if alpha is not None:
+            sums *= tl.load(alpha).to(tl.float32)
         store(grad_q, grad_q_strides, batch, n, c[None, :], qy[:, None], qx[:, None], sums, loaded)
 
 
@@ -343,6 +408,7 @@ def _key_gradient_kernel(
     k,
     v,
     position,
+    alpha,
     lse,
     delta,
     grad_k,
@@ -372,7 +438,6 @@ def _key_gradient_kernel(
     HALO_ROWS: tl.constexpr,
     HALO_COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
-    POSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fills grad_k, grad_v and the program's part of the position weight's gradient.
@@ -395,14 +460,15 @@ def _key_gradient_kernel(
     c = tl.arange(0, BLOCK_D)
     in_head = c < D
     loaded = in_map[:, None] & in_head[None, :]
-    natural = scale * 0.6931471805599453  # ln 2
+    factor = 1.0 if alpha is None else tl.load(alpha).to(tl.float32)
+    natural = factor * scale * 0.6931471805599453  # ln 2
     grad_x = tl.zeros((BLOCK_D,), tl.float32)
     grad_y = tl.zeros((BLOCK_D,), tl.float32)
 
     for i in range(HEADS):
         n = first_head + i
         keys = load(k, k_strides, batch, n, c[None, :], ky[:, None], kx[:, None], loaded)
-        if POSITION:
+        if position is not None:
             keys = _positioned(
                 keys, position, c[None, :], ky[:, None], kx[:, None], height, width, D
             )
@@ -410,9 +476,7 @@ def _key_gradient_kernel(
         sums_k = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
         sums_v = tl.zeros((ROWS * COLUMNS, BLOCK_D), tl.float32)
         for start in range(0, HALO_ROWS * HALO_COLUMNS, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            in_halo = j < HALO_ROWS * HALO_COLUMNS
-            qy, qx = top + j // HALO_COLUMNS, left + j % HALO_COLUMNS
+            qy, qx, in_halo = _halo(start, top, left, BLOCK, HALO_ROWS, HALO_COLUMNS)
             times = _times(
                 (qy * STRIDE)[None, :],
                 (qx * STRIDE)[None, :],
@@ -445,44 +509,45 @@ def _key_gradient_kernel(
             grad_logits = (weights * (grad_weights - mean[None, :])).to(queries.dtype)
             sums_k = tl.dot(grad_logits, queries, sums_k, input_precision=PRECISION)
         sums_k *= natural
+        sums_v *= factor
         store(
             grad_k, grad_k_strides, batch, n, c[None, :], ky[:, None], kx[:, None], sums_k, loaded
         )
         store(
             grad_v, grad_v_strides, batch, n, c[None, :], ky[:, None], kx[:, None], sums_v, loaded
         )
-        if POSITION:
+        if position is not None:
             grad_x -= tl.sum(sums_k * unit(kx, width)[:, None], 0)
             grad_y -= tl.sum(sums_k * unit(ky, height)[:, None], 0)
-    if POSITION:
+    if position is not None:
         at = grad_position + (tl.program_id(0).to(tl.int64) * D + c) * 2
         tl.store(at, grad_x, mask=in_head)
         tl.store(at + 1, grad_y, mask=in_head)
 
 
-def choose_tile(bytes_of_pixel: int, height: int, width: int) -> Tile:
-    """The tile for a head's (padded) bytes a pixel and the map of keys.
+def choose_tile(bytes_of_pixel: int, sizes: dict[str, Any]) -> Tile:
+    """The tile for a head's (padded) bytes a pixel, and the arguments of `_sizes`.
 
-    Small tiles waste the least of a tile's dense products; a map of 8x8 or less is one tile. Blocks
-    are as large as registers and the 99 KiB of shared memory of an Ada GPU allow. Chosen by the
-    compiler's word, not yet by the clock; ACMIX_TRITON_SEARCH=1 times CANDIDATES beside them.
+    Small tiles waste the least of a tile's dense products; a map of 8x8 or less is one tile. All
+    keys of a window of 7 (10 x 10) stand in one block of 128 where registers and the 99 KiB of
+    shared memory of an Ada GPU allow: the gradient of queries makes the probabilities once then,
+    not twice. Chosen by the compiler's word, not yet by the clock; ACMIX_TRITON_SEARCH=1 times
+    CANDIDATES beside them.
     """
+    height, width = sizes["height"], sizes["width"]
     if bytes_of_pixel <= 256 and height <= 8 and width <= 8:
         return Tile(8, 8, 64, warps=8 if bytes_of_pixel == 256 else 4)
-    if bytes_of_pixel <= 32:
-        return Tile(4, 4, 128, warps=2)  # 10 x 10 keys of a window of 7
-    if bytes_of_pixel <= 128:
-        return Tile(4, 8, 32, warps=4)  # 10 x 14
     if bytes_of_pixel <= 256:
-        return Tile(4, 8, 32, warps=8)
-    if bytes_of_pixel <= 512:
-        return Tile(4, 4, 32, warps=8)
-    return Tile(4, 4, 16, warps=8)
+        side = 3 * sizes["STRIDE"] + (sizes["WINDOW"] - 1) * sizes["DILATION"] + 1
+        keys = min(side, height) * min(side, width)
+        warps = {32: 2, 64: 4, 128: 4, 256: 8}[bytes_of_pixel]
+        return Tile(4, 4, 128 if keys <= 128 else 64, warps)
+    return Tile(4, 4, 32 if bytes_of_pixel <= 512 else 16, warps=8)
 
 
 def _sizes(
-    k: Tensor, out_size: torch.Size, window: int, stride: int, dilation: int, position: bool
-) -> dict:
+    k: Tensor, out_size: torch.Size, window: int, stride: int, dilation: int
+) -> dict[str, Any]:
     """Arguments that every kernel takes."""
     heads, head_dim, height, width = k.shape[1:]
     dilation = least_dilation(dilation, height, width)
@@ -499,12 +564,11 @@ def _sizes(
         "STRIDE": stride,
         "DILATION": dilation,
         "ONCE": window // 2 * dilation < min(height, width),
-        "POSITION": position,
         "PRECISION": precision(),
     }
 
 
-def _tiling(tile: Tile, sizes: dict, of_keys: bool) -> tuple[int, dict]:
+def _tiling(tile: Tile, sizes: dict[str, Any], of_keys: bool) -> tuple[int, dict[str, Any]]:
     """The number of programs, and the arguments of a tile of keys or of queries."""
     reach, stride = sizes["WINDOW"] // 2 * sizes["DILATION"], sizes["STRIDE"]
     rows, columns = tile.rows, tile.columns
@@ -533,7 +597,9 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    base: Tensor | None,
     position: Tensor | None,
+    alpha: Tensor | None,
     window: int,
     stride: int,
     dilation: int,
@@ -543,13 +609,13 @@ def forward(
     if out.numel() == 0:
         return out, lse
     weight = None if position is None else position.contiguous()
-    sizes = _sizes(k, out.shape[3:], window, stride, dilation, position is not None)
+    sizes = _sizes(k, q.shape[3:], window, stride, dilation)
 
     def run(tile: Tile) -> None:
         programs, tiling = _tiling(tile, sizes, of_keys=False)
-        _forward_kernel[(programs * len(q),)](
-            q, k, v, weight, out, lse, *map(strides, (q, k, v, out)), **sizes, **tiling
-        )
+        tensors = (q, k, v, base, weight, alpha, out, lse)
+        layouts = map(strides, (q, k, v, base, out))
+        _forward_kernel[(programs * len(q),)](*tensors, *layouts, **sizes, **tiling)
 
     _with_tile(run, "forward", k, sizes)
     return out, lse
@@ -561,47 +627,50 @@ def backward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    out: Tensor,
+    alpha: Tensor | None,
     lse: Tensor,
     window: int,
     stride: int,
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernels of acmix::window_attention_backward."""
-    grad_q, grad_k, grad_v, grad_position = empty_gradients(q, k, v, position)
+    grads = empty_gradients(q, k, v, position, alpha)
+    grad_q, grad_k, grad_v, grad_position, grad_alpha = grads
     if q.numel() == 0:
-        return grad_q, grad_k, grad_v, grad_position.zero_()
+        grad_position.zero_()
+        grad_alpha.zero_()
+        return grads
     weight = None if position is None else position.contiguous()
-    sizes = _sizes(k, out.shape[3:], window, stride, dilation, position is not None)
+    sizes = _sizes(k, q.shape[3:], window, stride, dilation)
     delta = torch.empty_like(lse)
 
     def queries(tile: Tile) -> None:
         programs, tiling = _tiling(tile, sizes, of_keys=False)
-        tensors = (q, k, v, weight, out, lse, delta, grad_q)
-        layouts = map(strides, (grad_out, q, k, v, out, grad_q))
-        _query_gradient_kernel[(programs * len(q),)](
-            grad_out, *tensors, *layouts, **sizes, **tiling
-        )
+        tensors = (grad_out, q, k, v, weight, alpha, lse, delta, grad_q)
+        layouts = map(strides, (grad_out, q, k, v, grad_q))
+        _query_gradient_kernel[(programs * len(q),)](*tensors, *layouts, **sizes, **tiling)
 
     def keys(tile: Tile) -> None:
         programs, tiling = _tiling(tile, sizes, of_keys=True)
         programs *= len(q)
-        parts = lse.new_empty((programs, *grad_position.shape))
-        tensors = (q, k, v, weight, lse, delta, grad_k, grad_v, parts)
+        parts = None if weight is None else lse.new_empty((programs, *weight.shape))
+        tensors = (grad_out, q, k, v, weight, alpha, lse, delta, grad_k, grad_v, parts)
         layouts = map(strides, (grad_out, q, k, v, grad_k, grad_v))
-        _key_gradient_kernel[(programs,)](grad_out, *tensors, *layouts, **sizes, **tiling)
-        if position is not None:
+        _key_gradient_kernel[(programs,)](*tensors, *layouts, **sizes, **tiling)
+        if parts is not None:
             grad_position.copy_(parts.sum(0))
 
     _with_tile(queries, "queries", k, sizes)
     _with_tile(keys, "keys", k, sizes)
-    return grad_q, grad_k, grad_v, grad_position
+    if alpha is not None:
+        grad_alpha.copy_(delta.sum())
+    return grads
 
 
-def _with_tile(run: Callable[[Tile], None], name: str, k: Tensor, sizes: dict) -> None:
+def _with_tile(run: Callable[[Tile], None], name: str, k: Tensor, sizes: dict[str, Any]) -> None:
     bytes_of_pixel = sizes["BLOCK_D"] * k.element_size()
-    tile = choose_tile(bytes_of_pixel, sizes["height"], sizes["width"])
+    tile = choose_tile(bytes_of_pixel, sizes)
     if SEARCH:
-        key = (name, k.dtype, k.stride(4) == 1, *sizes.values())
+        key = (name, k.device, k.dtype, k.stride(4) == 1, *sizes.values())
         tile = search(key, [tile, *CANDIDATES], run)
     run(tile)
