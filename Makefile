@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-networks asan sanitize-gpu clean
+.PHONY: help demo test lint format bench bench-networks bench-gpu asan sanitize-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: $(READY) ## time and memory beside the 3x3 convolution, into benchmarks/r
 
 bench-networks: $(READY) ## the same with whole networks
 	$(BIN)/python benchmarks/run.py --networks
+
+bench-gpu: ## the same on a GPU: correctness first, then layers, networks, other ways, roofline
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 asan: ## the CPU kernel under the address and undefined-behaviour sanitizers
 	sh tests/asan/build.sh build/asan

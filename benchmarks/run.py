@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from typing import Any
 
 import memory
 import torch
+from origin import HERE, provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,7 +36,6 @@ from torch import Tensor, nn
 import acmix
 from acmix.ops import _native, backends, shift_convolution, weighted_aggregation, window_attention
 
-HERE = Path(__file__).parent
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
 BATCH, HEADS, WINDOW = 4, 4, 7
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -173,7 +172,7 @@ def turns_of(case: Case) -> None:
     case.times.append(time.perf_counter() - start)
 
 
-def rows_of(cases: list[Case], threads: int, provenance: dict[str, str]) -> list[dict[str, object]]:
+def rows_of(cases: list[Case], threads: int, origin: dict[str, str]) -> list[dict[str, object]]:
     rows = []
     for case in cases:
         convolutions = [c for c in cases if c.subject == CONVOLUTION and c.run == case.run]
@@ -194,7 +193,7 @@ def rows_of(cases: list[Case], threads: int, provenance: dict[str, str]) -> list
                 "turns": len(case.times),
                 "times_conv3x3": round(case.best / best, 3) if best else "",
                 "peak_inputs": "",
-                **provenance,
+                **origin,
             }
         )
     return rows
@@ -224,23 +223,6 @@ def add_peaks(rows: list[dict[str, object]]) -> None:
         for row in rows:
             if [row[k] for k in ("subject", "backend", "layout", "channels", "run")] == case:
                 row["peak_inputs"] = peak
-
-
-def provenance() -> dict[str, str]:
-    def git(*command: str) -> str:
-        result = subprocess.run(["git", *command], capture_output=True, text=True, cwd=HERE)
-        return result.stdout.strip()
-
-    dirty = "+changes" if git("status", "--porcelain", "--", "../src") else ""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + dirty,
-        "device": processor(),
-        "simd": _native.simd() if backends()["native"] is None else "",
-        "acmix": acmix.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def processor() -> str:
@@ -374,7 +356,8 @@ def main() -> None:
     check()
     console.print("fast paths agree with the reference")
     rows, attained = [], []
-    origin = provenance()
+    origin = provenance(processor())
+    origin["simd"] = _native.simd() if backends()["native"] is None else ""
     for threads in args.threads:
         torch.set_num_threads(threads)
         ceiling = ceilings()

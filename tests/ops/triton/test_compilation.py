@@ -125,7 +125,7 @@ def test_attention(
     for name, recorder in zip(names, recorders, strict=True):
         shared, spill = recorder.compile(capability)
         assert shared <= SHARED[capability], f"{name}: {shared} bytes of shared memory"
-        assert spill <= 512, f"{name}: {spill} bytes spilled"
+        assert spill <= 1024, f"{name}: {spill} bytes spilled"
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
@@ -170,4 +170,4 @@ def test_aggregation(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, recorder in zip(names, recorders, strict=True):
         shared, spill = recorder.compile(90)
         assert shared <= SHARED[89], f"{name}: {shared} bytes of shared memory"
-        assert spill <= 512, f"{name}: {spill} bytes spilled"
+        assert spill <= 1024, f"{name}: {spill} bytes spilled"

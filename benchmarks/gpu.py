@@ -1,0 +1,497 @@
+"""Time and memory of ACmix on a GPU, beside the 3x3 convolution and what else computes a window.
+
+    python benchmarks/gpu.py                        # everything, about 8 minutes
+    python benchmarks/gpu.py --only layers          # a part of it
+    python benchmarks/gpu.py --only variants        # other tiles of the attention kernels
+
+The kernels are held against the reference first; nothing is timed when that fails. Every part
+writes its rows to results/gpu.csv as it ends, so that a stopped run leaves what it had. Times are
+those of CUDA events, with a cold L2 cache, of a call and of its CUDA graph, which spares launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gpu_check
+import timm
+import torch
+import torch.nn.functional as F
+from origin import HERE, provenance
+from torch import Tensor, nn
+
+import acmix
+from acmix.ops import window_attention
+
+PARTS = ("layers", "networks", "rivals", "roofline")
+GOALS = {  # ms of the attention path, forward and with backward; times the convolution
+    64: (0.20, 0.8, 4.0),
+    128: (0.10, 0.4, 3.5),
+    256: (0.06, 0.25, 3.0),
+    512: (0.035, 0.15, 2.5),
+}
+SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
+HEADS, WINDOW = 4, 7
+PAIRS = [("resnet50", "resnet50_acmix"), ("swin_tiny_patch4_window7_224", "swin_tiny_acmix")]
+RUNS = ("forward", "forward+backward")
+FIELDS = (
+    *("part", "subject", "run", "how", "batch", "channels", "size", "dtype"),
+    *("median_ms", "q25_ms", "q75_ms", "min_ms", "repeats", "peak_mib", "images_per_s", "note"),
+    *("date", "commit", "device", "acmix", "torch", "python"),
+)
+Row = dict[str, Any]
+
+
+class Bench:
+    """The machine, the sizes, and the rows measured so far."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.device, self.path = device, args.out / "gpu.csv"
+        self.quick = args.quick
+        self.until = time.monotonic() + 60 * args.minutes
+        self.batch = 2 if args.quick else args.batch
+        self.shapes = [(c // 8, s // 7) for c, s in SHAPES] if args.quick else SHAPES
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.ours = "auto" if device.type == "cpu" else "triton"
+        self.origin = provenance(name_of(device))
+        self.rows: list[Row] = []
+
+    def compiled(self, function: Any) -> Any:
+        return function if self.quick else torch.compile(function)
+
+    def record(self, function: Callable[[], object], images: int = 0, **case: Any) -> Row:
+        """Time a case; what it raises is its row's note."""
+        row: Row = {"dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch, **case}
+        if time.monotonic() > self.until:
+            row["note"] = "not run: out of time"
+        else:
+            try:
+                row |= self.measured(function, images)
+            except Exception as error:  # out of memory, a compiler's: the others go on
+                row["note"] = f"{type(error).__name__}: {str(error).strip()[:120]}"
+        self.rows.append({**row, **self.origin})
+        return row
+
+    def measured(self, function: Callable[[], object], images: int) -> Row:
+        function()  # compiles
+        peak = peak_of(function, self.device)
+        milliseconds = timings(function, self.device, 5 if self.quick else 150)
+        quartiles = statistics.quantiles(milliseconds, n=4)
+        row = dict(zip(("q25_ms", "median_ms", "q75_ms"), quartiles, strict=True))
+        row |= {"min_ms": min(milliseconds), "repeats": len(milliseconds), "peak_mib": peak}
+        if images:
+            row["images_per_s"] = images / row["median_ms"] * 1e3
+        return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def find(self, **case: Any) -> Row | None:
+        """The row of a case, None where it was not measured."""
+        for row in self.rows:
+            if "median_ms" in row and all(row.get(key) == value for key, value in case.items()):
+                return row
+        return None
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def timings(function: Callable[[], object], device: torch.device, span: float) -> list[float]:
+    """Milliseconds of each call, as many as fill the span (ms)."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        found = do_bench(function, warmup=25, rep=span, return_mode="all")
+        return found if len(found) > 1 else found * 2
+    found, end = [], time.perf_counter() + span / 1e3
+    while len(found) < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def peak_of(function: Callable[[], object], device: torch.device) -> float | str:
+    """MiB allocated at most, the function's inputs and weights among them."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def graph_of(function: Callable[[], object]) -> Callable[[], object]:
+    """Replays the function's kernels."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def infer(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def train(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+    """Output and gradients of the inputs and, of a module, its parameters."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    wanted = [*leaves, *(function.parameters() if isinstance(function, nn.Module) else ())]
+    with torch.no_grad():
+        seed = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*leaves), wanted, seed)
+
+
+def both(bench: Bench, function: Any, *inputs: Tensor, **case: Any) -> None:
+    """Forward and forward + backward of a subject, called and as a CUDA graph."""
+    for run, way in zip(RUNS, (infer, train), strict=True):
+
+        def call(way: Any = way) -> Callable[[], object]:
+            return way(function, *inputs)
+
+        bench.record(lazily(call), run=run, how="call", **case)
+        if bench.device.type == "cuda":
+            bench.record(lazily(lambda call=call: graph_of(call())), run=run, how="graph", **case)
+
+
+def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """What is made at the first call runs at each."""
+    made: list[Callable[[], object]] = []
+
+    def run() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
+
+
+def maps(bench: Bench, channels: int, size: int, count: int) -> list[Tensor]:
+    """Slices of one channels_last projection (B, count * C, H, W), as the layer makes them."""
+    like = {"device": bench.device, "dtype": bench.dtype}
+    x = torch.randn(bench.batch, size, size, count * channels, **like).permute(0, 3, 1, 2)
+    return list(x.chunk(count, 1))
+
+
+def position_of(channels: int, like: Tensor) -> Tensor:
+    return torch.randn(channels // HEADS, 2, device=like.device, dtype=like.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, backend: str) -> Tensor:
+    sizes = {"heads": HEADS, "window": WINDOW}
+    return window_attention(q, k, v, position=position, backend=backend, **sizes)
+
+
+def layers(bench: Bench) -> None:
+    """The convolution, the layer and its attention path."""
+    for channels, size in bench.shapes:
+        case = {"part": "layers", "channels": channels, "size": size}
+        [x] = maps(bench, channels, size, 1)
+        kind = {"device": bench.device, "dtype": bench.dtype}
+        conv = nn.Conv2d(channels, channels, 3, padding=1, **kind).to(
+            memory_format=torch.channels_last
+        )
+        both(bench, conv, x, subject="conv3x3", **case)
+        layer = acmix.ACmix2d(channels, channels, heads=HEADS, backend=bench.ours, **kind)
+        both(bench, layer, x, subject="ACmix2d", **case)
+        qkv = maps(bench, channels, size, 3)
+        inputs = (*qkv, position_of(channels, x))
+        both(bench, partial(attention, backend=bench.ours), *inputs, subject="attention", **case)
+    show_layers(bench)
+
+
+def rivals(bench: Bench) -> None:
+    """Other ways to the attention path, and the layer compiled."""
+    for channels, size in bench.shapes:
+        case = {"part": "rivals", "channels": channels, "size": size}
+        qkv = maps(bench, channels, size, 3)
+        inputs = (*qkv, position_of(channels, qkv[0]))
+        tiled = partial(attention, backend="tiled")  # halo tiles, scaled_dot_product_attention
+        both(bench, tiled, *inputs, subject="SDPA on halo tiles", **case)
+        reference = partial(attention, backend="reference")
+        both(bench, reference, *inputs, subject="windows unfolded", **case)
+        heads = [x.flatten(2).unflatten(1, (HEADS, -1)).mT.contiguous() for x in qkv]
+        both(bench, flex(bench, size), *heads, subject="FlexAttention, cut at the border", **case)
+        [x] = maps(bench, channels, size, 1)
+        kind = {"device": bench.device, "dtype": bench.dtype}
+        layer = acmix.ACmix2d(channels, channels, heads=HEADS, backend=bench.ours, **kind)
+        both(bench, bench.compiled(layer), x, subject="ACmix2d compiled", **case)
+    print_table(
+        "Other ways, median ms (call)",
+        ("", *(f"C={c}, {s}x{s}" for c, s in bench.shapes)),
+        [
+            [f"{subject}, {run}", *(cell(bench, "rivals", subject, run, s) for s in bench.shapes)]
+            for subject, run in dict.fromkeys(
+                (r["subject"], r["run"]) for r in bench.rows if r["part"] == "rivals"
+            )
+        ],
+    )
+
+
+def flex(bench: Bench, size: int) -> Callable[..., Tensor]:
+    """FlexAttention of maps (B, N, H * W, d) to a window without reflection."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def inside(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        rows = (query // size - key // size).abs() <= WINDOW // 2
+        return rows & ((query % size - key % size).abs() <= WINDOW // 2)
+
+    mask = create_block_mask(inside, None, None, size**2, size**2, device=str(bench.device))
+    function = bench.compiled(flex_attention)
+    return lambda q, k, v: function(q, k, v, block_mask=mask)
+
+
+def networks(bench: Bench) -> None:
+    """Images/s of ACmix networks and of those whose operator they replace."""
+    size = 32 if bench.quick else 224
+    names = [("resnet26_conv", "resnet26_acmix")] if bench.quick else PAIRS
+    for name in (name for pair in names for name in pair):
+        case = {"part": "networks", "subject": name, "size": size}
+        torch.manual_seed(0)
+        net = timm.create_model(name).to(bench.device, memory_format=torch.channels_last)
+        x = torch.randn(bench.batch, 3, size, size, device=bench.device)
+        x = x.to(memory_format=torch.channels_last)
+        step = training_step(bench, net, x)
+        bench.record(step, bench.batch, run="training", how="call", **case)
+        net = net.to(bench.dtype).eval()
+        run = infer(net, x.to(bench.dtype))
+        bench.record(run, bench.batch, run="inference", how="call", **case)
+        fast = infer(bench.compiled(net), x.to(bench.dtype))
+        bench.record(fast, bench.batch, run="inference", how="compiled", **case)
+        del net, step, run, fast
+    show_networks(bench, names)
+
+
+def training_step(bench: Bench, net: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Mixed precision, cross-entropy, SGD with momentum."""
+    target = torch.randint(1000, (len(x),), device=x.device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net.train()
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            loss = F.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def roofline(bench: Bench) -> None:
+    """The least time of attention by its traffic and arithmetic beside what it took.
+
+    Forward reads q, k, v and writes out: 4 maps, 2 products with the window's taps; backward reads
+    these and the gradient, and writes 3: 7 maps more, 5 products.
+    """
+    side = 256 if bench.quick else 8192
+    a = torch.randn(side, side, device=bench.device, dtype=bench.dtype)
+    case: Row = {"part": "roofline", "size": side}
+    copy = bench.record(lambda: a.clone(), subject="copy", run="forward", **case)
+    product = bench.record(lambda: a @ a, subject="matrix product", run="forward", **case)
+    if "median_ms" not in copy or "median_ms" not in product:
+        return
+    bandwidth = 2 * a.numel() * a.element_size() / copy["median_ms"]  # bytes/ms
+    rate = 2 * side**3 / product["median_ms"]  # FLOP/ms
+    lines = []
+    for channels, size in bench.shapes:
+        for run, count, products in zip(RUNS, (4, 11), (2, 7), strict=True):
+            row = best(bench, "layers", "attention", run, (channels, size))
+            elements = bench.batch * channels * size**2
+            memory = count * elements * a.element_size() / bandwidth
+            arithmetic = 2 * products * WINDOW**2 * elements / rate
+            least = max(memory, arithmetic)
+            took = f"{row:.3f}" if row else "not run"
+            part = f"{least / row:.0%}" if row else "-"
+            shape = f"C={channels}, {size}x{size}, {run}"
+            lines.append([shape, f"{memory:.3f}", f"{arithmetic:.3f}", took, part])
+    rates = f"copy {bandwidth / 1e9:.2f} TB/s, matrix product {rate / 1e9:.0f} TFLOP/s"
+    heads = ("", "by traffic", "by arithmetic", "took", "of the limit")
+    print_table(f"Attention, least ms ({rates})", heads, lines)
+
+
+def variants(bench: Bench) -> None:
+    """Every tile of the search list for every shape, forward and forward + backward."""
+    from acmix.ops.window_attention import triton as kernels
+
+    chosen = kernels.choose_tile
+    for channels, size in bench.shapes:
+        qkv = maps(bench, channels, size, 3)
+        inputs = (*qkv, position_of(channels, qkv[0]))
+        for tile in [None, *kernels.CANDIDATES]:
+            kernels.choose_tile = chosen if tile is None else lambda *_, tile=tile: tile
+            case = {"part": "variants", "channels": channels, "size": size}
+            ours = partial(attention, backend=bench.ours)
+            both(bench, ours, *inputs, subject=str(tile or "chosen"), **case)
+    kernels.choose_tile = chosen
+    for channels, size in bench.shapes:
+        for run in RUNS:
+            tiles = dict.fromkeys(r["subject"] for r in bench.rows if r["part"] == "variants")
+            timed = {tile: best(bench, "variants", tile, run, (channels, size)) for tile in tiles}
+            order = sorted((ms, tile) for tile, ms in timed.items() if ms)
+            lines = [[tile, f"{ms:.4f}"] for ms, tile in order]
+            print_table(f"C={channels}, {size}x{size}, {run}", ("tile", "ms"), lines)
+
+
+def best(bench: Bench, part: str, subject: str, run: str, shape: tuple[int, int]) -> float | None:
+    """Median ms of a case, of its graph where there is one."""
+    case = {"part": part, "subject": subject, "run": run, "channels": shape[0], "size": shape[1]}
+    row = bench.find(how="graph", **case) or bench.find(how="call", **case)
+    return row["median_ms"] if row else None
+
+
+def cell(bench: Bench, part: str, subject: str, run: str, shape: tuple[int, int]) -> str:
+    case = {"part": part, "subject": subject, "run": run, "channels": shape[0], "size": shape[1]}
+    row = bench.find(how="call", **case)
+    return f"{row['median_ms']:.3f}" if row else "not run"
+
+
+def show_layers(bench: Bench) -> None:
+    lines = []
+    for run in RUNS:
+        for subject in ("conv3x3", "attention", "ACmix2d"):
+            for how in ("call", "graph"):
+                case = {"part": "layers", "subject": subject, "run": run, "how": how}
+                shown = [bench.find(**case, channels=c, size=s) for c, s in bench.shapes]
+                if any(shown):
+                    cells = [f"{row['median_ms']:.3f}" if row else "not run" for row in shown]
+                    lines.append([f"{subject}, {run}, {how}", *cells])
+    for what, goal, value in ratios(bench):
+        lines.append([f"{what} (goal)", *(f"{v} ({g})" for v, g in zip(value, goal, strict=True))])
+    shapes = (f"C={c}, {s}x{s}" for c, s in bench.shapes)
+    print_table("Layers, median ms", ("", *shapes), lines)
+
+
+def ratios(bench: Bench) -> Iterator[tuple[str, list[float], list[str]]]:
+    """(what, goals, values) over the shapes."""
+    goals = list(GOALS.values())
+    for index, run in enumerate(RUNS):
+        values = [best(bench, "layers", "attention", run, shape) for shape in bench.shapes]
+        shown = [f"{v:.3f}" if v else "not run" for v in values]
+        yield f"attention, {run}, ms", [goal[index] for goal in goals], shown
+    pairs = [
+        [best(bench, "layers", subject, "forward", shape) for subject in ("ACmix2d", "conv3x3")]
+        for shape in bench.shapes
+    ]
+    shown = [f"{a / c:.2f}" if a and c else "not run" for a, c in pairs]
+    yield "layer / conv3x3, forward", [goal[2] for goal in goals], shown
+    memory = []
+    for channels, size in bench.shapes:
+        case = {"run": RUNS[1], "how": "call", "channels": channels, "size": size}
+        a, c = (bench.find(subject=subject, **case) for subject in ("ACmix2d", "conv3x3"))
+        known = a and c and a["peak_mib"] and c["peak_mib"]
+        memory.append(f"{a['peak_mib'] / c['peak_mib']:.1f}" if known else "not run")
+    yield "layer / conv3x3, peak memory", [4.0] * len(memory), memory
+
+
+def show_networks(bench: Bench, pairs: list[tuple[str, str]]) -> None:
+    lines = []
+    for baseline, ours in pairs:
+        for run, how in (("inference", "compiled"), ("inference", "call"), ("training", "call")):
+            case = {"part": "networks", "run": run, "how": how}
+            rows = [bench.find(subject=name, **case) for name in (baseline, ours)]
+            if not all(rows):
+                lines.append([ours, run, how, *["not run"] * 4])
+                continue
+            old, new = (row["images_per_s"] for row in rows)
+            peaks = [row["peak_mib"] for row in rows]
+            memory = f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else "-"
+            lines.append([ours, run, how, f"{old:.0f}", f"{new:.0f}", f"{new / old:.2f}", memory])
+    heads = ("network", "run", "how", "baseline, images/s", "ours", "ratio", "memory ratio")
+    print_table("Networks (goals: inference 0.75 and 0.9, training 0.6 and 0.9)", heads, lines)
+
+
+def print_table(title: str, heads: tuple[str, ...], lines: list[list[str]]) -> None:
+    widths = [max(len(line[i]) for line in [list(heads), *lines]) for i in range(len(heads))]
+    print(f"\n{title}")
+    for line in [list(heads), *lines]:
+        first, *others = zip(line, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+        print("  ".join(cells), flush=True)
+
+
+def draw(bench: Bench) -> None:
+    """Layer and attention path over the convolution, by shape."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no matplotlib: no figure")
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=130)
+    colours = {"ACmix2d": "#0072B2", "attention": "#56B4E9"}
+    for panel, run in zip(figure.subplots(1, 2, sharey=True), RUNS, strict=True):
+        for offset, (subject, colour) in enumerate(colours.items()):
+            heights = []
+            for shape in bench.shapes:
+                a, c = (best(bench, "layers", s, run, shape) for s in (subject, "conv3x3"))
+                heights.append(a / c if a and c else 0.0)
+            places = [i + 0.36 * (offset - 0.5) for i in range(len(heights))]
+            bars = panel.bar(places, heights, 0.34, color=colour, label=subject)
+            panel.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
+        panel.axhline(1, color="black", linewidth=0.9)
+        panel.set_xticks(range(len(bench.shapes)), [f"C={c}\n{s}x{s}" for c, s in bench.shapes])
+        panel.set_title(run, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.15)
+    figure.axes[0].set_ylabel("time / time of the 3x3 convolution", fontsize=9)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    kind = f"{bench.origin['device']}, {str(bench.dtype).removeprefix('torch.')}"
+    figure.suptitle(f"{kind}, batch {bench.batch}, medians (line at 1)", fontsize=11)
+    figure.savefig(bench.path.with_suffix(".png"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = (*PARTS, "variants")
+    parser.add_argument("--only", nargs="+", choices=parts, default=PARTS, help="parts to run")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=8, help="what starts later is not run")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs at all")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("make bench-gpu: PyTorch finds no GPU, so nothing was run", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    bench = Bench(args, device)
+    wrong = list(gpu_check.faults(device, bench.ours))
+    if wrong:
+        print("\n".join([*wrong, "the kernels are wrong here: nothing is timed"]), file=sys.stderr)
+        return 1
+    print(f"{bench.origin['device']}: outputs and gradients agree with the reference")
+    for part in args.only:
+        globals()[part](bench)
+        bench.write()
+    draw(bench)
+    print(f"wrote {bench.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

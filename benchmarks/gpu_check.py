@@ -1,0 +1,129 @@
+"""The GPU kernels against the reference, in all dtypes, before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import acmix
+from acmix.ops import weighted_aggregation, window_attention
+
+# Relative to the largest value of each result; products of float32 are exact.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+# batch, heads, head_dim, height, width, window, stride, dilation
+ATTENTION = [
+    (2, 4, 16, 17, 13, 7, 1, 1),
+    (1, 2, 32, 14, 15, 7, 2, 1),
+    (1, 4, 64, 9, 30, 7, 1, 2),
+    (2, 1, 128, 7, 7, 7, 1, 1),
+    (1, 3, 20, 11, 5, 3, 1, 1),
+    (1, 1, 256, 8, 9, 5, 1, 1),
+    (1, 2, 16, 30, 16, 13, 1, 1),
+    (1, 2, 16, 1, 5, 7, 1, 1),
+]
+AGGREGATION = [(2, 16, 9, 11, 3), (1, 64, 17, 8, 7), (1, 24, 1, 4, 5)]  # B, C, H, W, window
+LAYERS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((2, 64, 15, 13), {}),
+    ((2, 64, 15, 13), {"stride": 2, "heads": 2}),
+    ((1, 32, 14, 14), {"dilation": 2, "shift": "tensor"}),
+    ((1, 32, 9, 8), {"mix": "convex", "position": False}),
+    ((1, 48, 9, 8), {"mix": "attention", "kernel_att": 3}),
+]
+
+
+def faults(device: torch.device, backend: str) -> Iterator[str]:
+    """A line for each case whose output or gradients are off."""
+    for dtype, tolerance in TOLERANCE.items():
+        for name, function, inputs, arguments in cases(device):
+            error = largest_error(function, inputs, arguments, backend, dtype)
+            if not error <= tolerance:
+                yield f"{name}, {dtype}: error {error:.1e}"
+        for size, arguments in LAYERS:
+            error = layer_error(size, arguments, device, backend, dtype)
+            if not error <= tolerance:
+                yield f"ACmix2d {size} {arguments}, {dtype}: error {error:.1e}"
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 60 * 2**30:
+        yield from beyond_32_bits(device, backend)
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, Any, list[Tensor], dict[str, Any]]]:
+    """(name, operator, its tensors in float64, its arguments)."""
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.float64)
+
+    for batch, heads, width, *side, window, stride, dilation in ATTENTION:
+        maps = [-(-length // stride) for length in side]
+        q, k, v = (draw(batch, heads * width, *size) for size in (maps, side, side))
+        arguments = {"heads": heads, "window": window, "stride": stride, "dilation": dilation}
+        name = f"attention {tuple(k.shape)} {arguments}"
+        yield name, positioned, [q, k, v, draw(width, 2)], arguments
+    for batch, channels, height, width, window in AGGREGATION:
+        weight = draw(batch, channels // 8, window**2, height, width)
+        v = draw(batch, channels, height, width)
+        name = f"aggregation {tuple(v.shape)}, window {window}"
+        yield name, weighted_aggregation, [weight, v], {"window": window}
+
+
+def positioned(q: Tensor, k: Tensor, v: Tensor, position: Tensor, **arguments: Any) -> Tensor:
+    return window_attention(q, k, v, position=position, **arguments)
+
+
+def largest_error(
+    function: Any, inputs: list[Tensor], arguments: dict[str, Any], backend: str, dtype: torch.dtype
+) -> float:
+    """Of the output and every gradient, relative to the largest value of each."""
+    rounded = [x.to(dtype) for x in inputs]
+    exact = results(function, [x.double() for x in rounded], backend="reference", **arguments)
+    actual = results(function, rounded, backend=backend, **arguments)
+    return worst(actual, exact)
+
+
+def layer_error(
+    size: tuple[int, ...],
+    arguments: dict[str, Any],
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype,
+) -> float:
+    channels = size[1]
+    layer = acmix.ACmix2d(channels, channels, backend=backend, **arguments).to(device, dtype)
+    exact = acmix.ACmix2d(channels, channels, backend="reference", **arguments).to(device)
+    exact.double().load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
+    x = torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
+    # In half precision sums over all pixels, as alpha's gradient, may cancel to nothing but noise.
+    compared = None if dtype == torch.float32 else 2
+    return worst(of_layer(layer, x)[:compared], of_layer(exact, x.double())[:compared])
+
+
+def of_layer(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    return results(lambda x, *_: layer(x), [x, *layer.parameters()])
+
+
+def results(function: Any, inputs: list[Tensor], **arguments: Any) -> list[Tensor]:
+    """The output, and the gradients of a weighted sum of it."""
+    leaves = [x if isinstance(x, nn.Parameter) else x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, **arguments)
+    weights = torch.arange(out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+def worst(actual: list[Tensor], exact: list[Tensor]) -> float:
+    errors = [
+        ((a.double() - e.double()).abs().max() / e.abs().max().clamp_min(0.1)).item()
+        for a, e in zip(actual, exact, strict=True)
+    ]
+    return max(errors, key=lambda error: (error != error, error))  # NaN is the worst
+
+
+def beyond_32_bits(device: torch.device, backend: str) -> Iterator[str]:
+    """A batch whose tensors exceed 2^31 elements: every image like the first."""
+    one = torch.randn(3, 1, 64, 56, 56, device=device, dtype=torch.bfloat16)
+    batch = 2**31 // one[0].numel() + 2
+    q, k, v = (x.expand(batch, -1, -1, -1).contiguous() for x in one)
+    out = window_attention(q, k, v, heads=4, backend=backend)
+    if not torch.equal(out[:1], out[-1:]) or not torch.equal(out[:1], out[batch // 2][None]):
+        yield f"attention of {q.numel():,} elements: its last image is off"

@@ -1,0 +1,64 @@
+"""`make bench-gpu` at tiny sizes on the CPU: every part runs, and nothing wrong is timed."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+def run(gpu, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, options)])
+    return gpu.main()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_part_leaves_rows_and_a_figure(gpu, monkeypatch, tmp_path, capsys):
+    quick = ("--device", "cpu", "--quick", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *quick) == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    timed = {(row["part"], row["subject"]) for row in rows if float(row["median_ms"] or 0) > 0}
+    assert timed == {
+        *(("layers", subject) for subject in ("conv3x3", "ACmix2d", "attention")),
+        *(("rivals", subject) for subject in ("SDPA on halo tiles", "windows unfolded")),
+        *(("rivals", subject) for subject in ("FlexAttention, cut at the border",)),
+        ("rivals", "ACmix2d compiled"),
+        *(("networks", subject) for subject in ("resnet26_conv", "resnet26_acmix")),
+        *(("roofline", subject) for subject in ("copy", "matrix product")),
+    }
+    assert all(row["median_ms"] or row["note"] for row in rows)
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert "attention, forward, ms (goal)" in capsys.readouterr().out
+
+
+def test_what_would_start_too_late_is_not_run(gpu, monkeypatch, tmp_path):
+    late = ("--device", "cpu", "--quick", "--minutes", "0", "--only", "layers", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *late) == 0
+    notes = {row["note"] for row in csv.DictReader((tmp_path / "gpu.csv").open())}
+    assert notes == {"not run: out of time"}
+
+
+def test_a_wrong_kernel_is_not_timed(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.gpu_check, "TOLERANCE", {torch.float32: 0.0})
+    assert run(gpu, monkeypatch, "--device", "cpu", "--quick", "--out", tmp_path) == 1
+    assert "nothing is timed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so(gpu, monkeypatch, tmp_path, capsys):
+    assert run(gpu, monkeypatch, "--out", tmp_path) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "finds no GPU, so nothing was run" in line
+    assert not list(tmp_path.iterdir())
