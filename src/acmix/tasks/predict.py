@@ -7,7 +7,7 @@ import json
 import pickle
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,10 +213,11 @@ def predict(
         raise UserError(f"--batch_size: expected at least 1, got {batch_size}")
     transform: Any = create_transform(**classifier.input_config)
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    stderr = Console(stderr=True)
-    hidden = not stderr.is_terminal or len(batches) == 1
-    found = []
-    for batch in track(batches, "images", console=stderr, transient=True, disable=hidden):
+    stderr, found = Console(stderr=True), []
+    shown: Iterable[Sequence[Path]] = batches
+    if stderr.is_terminal and len(batches) > 1:
+        shown = track(batches, "images", console=stderr, transient=True)
+    for batch in shown:
         images = [transform(open_image(path, classifier.channels)) for path in batch]
         logits = classifier.model(torch.stack(images).to(device))
         found.append(logits.float().softmax(1).cpu())
