@@ -388,6 +388,7 @@ def ablation(rows: Sequence[Row], title: str) -> Figure:
     grid[0].xaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in grid[1:]:
         axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
