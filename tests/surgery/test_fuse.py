@@ -6,6 +6,7 @@ import logging
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import TOLERANCE, assert_all_close
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -272,7 +273,6 @@ LAYERS = {
     "conv2d-groups": (nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8), (2, 4, 9, 7)),
     "conv3d": (nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), (2, 3, 5, 5, 5)),
     "transposed": (nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4), (2, 3, 9, 7)),
-    "linear": (nn.Linear(3, 4), nn.BatchNorm1d(4), (5, 3)),
     "norm-and-activation": (nn.Conv2d(3, 4, 3), BatchNormAct2d(4), (2, 3, 9, 7)),
     "no-affine": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), (2, 3, 9, 7)),
     "acmix-no-affine": (ACmix2d(3, 4), nn.BatchNorm2d(4, affine=False), (2, 3, 9, 7)),
@@ -294,6 +294,7 @@ KEPT = {
     "activation-between": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.BatchNorm2d(4)),
     "parametrized": (weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
     "linear-over-maps": (nn.Linear(7, 4), nn.BatchNorm2d(3)),
+    "linear-over-tokens": (nn.Sequential(nn.Flatten(2), nn.Linear(63, 3)), nn.BatchNorm1d(3)),
 }
 
 
@@ -377,6 +378,51 @@ def test_what_cannot_be_traced_is_left(caplog: pytest.LogCaptureFixture) -> None
         fused = assert_same(trained(Opaque()), torch.randn(2, 4, 9, 7))
     assert norms(fused) == 1
     assert "the model: torch.fx cannot trace it" in caplog.text
+
+
+class Choosing(nn.Module):
+    """What follows the convolution depends on an optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.block = Block()
+
+    def forward(self, x: Tensor, raw: bool = False, more: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        if raw or more is not None:
+            return self.block(y)
+        return self.block(self.norm(y))
+
+
+class Asking(Choosing):
+    """As it, but by a question that a proxy answers."""
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        return self.block(self.norm(y)) if more is None else self.block(y) + more
+
+
+@pytest.mark.parametrize("kind", [Choosing, Asking])
+def test_optional_arguments_keep_their_meaning(kind: type[Choosing]) -> None:
+    model, x = trained(kind()), torch.randn(2, 4, 5, 6)
+    fused = assert_same(model, x)
+    assert norms(fused) == 1
+    options = {"more": x}
+    torch.testing.assert_close(fused(x, **options), model.eval()(x, **options))
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
+def test_a_weight_that_is_read_elsewhere_stays() -> None:
+    assert norms(assert_same(trained(Reading()), torch.randn(2, 4, 9, 7))) == 1
 
 
 def test_refuses_what_is_no_module() -> None:

@@ -40,8 +40,9 @@ WITHOUT_NORM: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ReducedACmix: fused.FusedReducedACmix,
 }
 OPERATORS = (*WITH_NORM, *WITHOUT_NORM)
+# No linear layer: a norm after it is over its outputs in (B, C), but not in (B, L, C).
 LAYERS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, nn.Linear),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 NORMS = (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d)
@@ -50,7 +51,7 @@ NORMS = (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d)
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of the model for inference: the same outputs up to rounding, in fewer operations.
 
-    Batch norms are folded into the convolution, linear layer or ACmix operator before them, and the
+    Batch norms are folded into the convolution or the ACmix operator before them, and the
     convolution path of each operator (fc, kernels, beta) into one kernel, in the form that is
     faster on the device that holds the model: move it there first. Either form runs anywhere.
 
@@ -59,7 +60,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A batch norm stays where it does not directly follow a layer whose output nothing else reads,
     where either has hooks or parametrizations or is used twice, and where `torch.fx` cannot trace
-    the `forward` that calls them (logged, level INFO). Operators are folded everywhere.
+    the `forward` that calls them, for any optional arguments (logged, level INFO). Operators are
+    folded everywhere.
 
     Args:
         model: of any modules, in training mode or eval mode; it is left as it is.
@@ -93,33 +95,45 @@ def norms_after_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
         return
     # Whoever cannot be traced may take what is between the entries of its nn.Sequential.
     opaque = bool(prefix) and type(module) is nn.Sequential
-    graph = None if opaque else traced(module, prefix.rstrip("."))
-    if graph is None:
+    graphs = [] if opaque else traced(module, prefix.rstrip("."))
+    if not graphs:
         for name, child in module.named_children():
             yield from norms_after_layers(child, f"{prefix}{name}.")
         return
+    for layer, norm in sorted(set.intersection(*(pairs(module, graph) for graph in graphs))):
+        yield f"{prefix}{layer}", f"{prefix}{norm}"
+
+
+def pairs(module: nn.Module, graph: fx.Graph) -> set[tuple[str, str]]:
+    """Each batch norm and the layer whose output, and whose weights, nothing else reads."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    found = set()
     for node in graph.nodes:
         if node.op != "call_module" or not is_norm(module.get_submodule(node.target)):
             continue
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
-        if calls[node.target] == calls[before.target] == 1 == len(before.users):
-            yield f"{prefix}{before.target}", f"{prefix}{node.target}"
+        both = (str(before.target), str(node.target))
+        if all(calls[name] == 1 and name not in read for name in both) and len(before.users) == 1:
+            found.add(both)
+    return found
 
 
-def traced(module: nn.Module, name: str) -> fx.Graph | None:
-    """The calls of `forward` with its optional arguments at their defaults, if fx can trace it."""
+def traced(module: nn.Module, name: str) -> list[fx.Graph]:
+    """The calls of `forward` with its optional arguments at their defaults, and with any others;
+    nothing where fx cannot trace it, or where what it does depends on them."""
     arguments = inspect.signature(module.forward).parameters.values()
     defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Tracer().trace(module, defaults)
+            others: list[dict[str, Any]] = [{}] if defaults else []
+            return [Tracer().trace(module, given) for given in (defaults, *others)]
     except Exception as error:  # whatever a user's forward raises for a proxy of a tensor
         logger.info("%s: torch.fx cannot trace it: %s", name or "the model", error)
-        return None
+        return []
 
 
 class Tracer(fx.Tracer):
@@ -153,9 +167,6 @@ def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
         return False  # no function of the library folds it
-    # A norm of 2d maps after a linear layer is over another dimension than its outputs.
-    if isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d):
-        return False
     return type(layer) in WITH_NORM or has_forward_of(layer, LAYERS)
 
 
