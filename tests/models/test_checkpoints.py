@@ -193,6 +193,25 @@ def test_pretrained_file(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(parameter.double(), expected[key])
 
 
+@small
+def test_pretrained_file_of_a_feature_extractor(name: str, tmp_path: Path) -> None:
+    """timm's way again, which converts the names before it takes the network apart."""
+    network = timm.create_model(name, **SMALL[name])
+    weights = formula_weights(released_shapes(network), 0.1)
+    torch.save(weights, tmp_path / "released.pth")
+    model = timm.create_model(
+        name,
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth")},
+        **SMALL[name],
+    )
+    expected = from_released(weights)
+    for key, parameter in model.named_parameters():
+        whole = key.replace("layers_", "layers.")
+        torch.testing.assert_close(parameter.double(), expected[whole])
+
+
 @pytest.mark.parametrize("name", [*SMALL, "operator"])
 def test_lists_all_that_does_not_fit(name: str) -> None:
     if name == "operator":

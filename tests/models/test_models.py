@@ -317,7 +317,8 @@ def test_onnx(name: str) -> None:
     reference = pytest.importorskip("onnx.reference")
     model = timm.create_model(name, **SHALLOW[name]).eval()
     x = torch.randn(2, channels(model), 24, 24)
-    exported = torch.onnx.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},), verbose=False)
+    options = {"dynamic_shapes": ({0: Dim.AUTO},), "dynamo": True, "verbose": False}
+    exported = torch.onnx.export(model, (x,), **options)
     session = reference.ReferenceEvaluator(exported.model_proto)
     x = torch.randn(3, channels(model), 24, 24)
     (logits,) = session.run(None, {session.input_names[0]: x.numpy()})

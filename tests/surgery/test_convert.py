@@ -248,6 +248,7 @@ def test_networks_of_torchvision_and_timm() -> None:
 @pytest.mark.parametrize(
     ("where", "arguments", "message"),
     [
+        ([], {}, "where: expected patterns, modules or predicates, got none"),
         ("stag.*", {}, r"where: expected .* such as stage\.\S+, .*; got 'stag\.\*'"),
         (["stem", "nothing"], {}, "got 'nothing'"),
         (nn.Conv2d(3, 4, 3), {}, "where: .* got a Conv2d that has or is none of them"),
@@ -266,6 +267,23 @@ def test_refused_and_unchanged(where: object, arguments: dict, message: str) -> 
     with pytest.raises(ValueError, match=message):
         convert(model, where, **arguments)
     assert [*model.named_modules()] == before
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+    model[1].weight = model[0].weight
+    report = convert(model, warm=False)
+    assert [*report.swapped] == ["2"]
+    assert report.skipped == dict.fromkeys("01", "a weight that another module has, too")
+
+
+def test_each_operator_takes_its_arguments() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), swin())
+    convert(model, lambda name, _: "conv" not in name, heads=3, kernel_att=5, shift="fixed")
+    assert model[0].kernel_att == 5
+    windows = [module for module in model.modules() if isinstance(module, WindowACmix)]
+    assert windows
+    assert {type(layer.shift) for layer in (model[0], *windows)} == {type(model[0].shift)}
 
 
 def test_refused_types() -> None:

@@ -16,7 +16,7 @@ from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSw
 
 import acmix
 from acmix.layers import ACmix2d, PatchwiseACmix, WindowACmix
-from acmix.models.pvt import ACmixPVT
+from acmix.models.pvt import ACmixPVT, resize_position
 from acmix.models.resnet import ACmixResNet
 from acmix.models.san import ACmixSAN
 from acmix.models.swin import ACmixSwin
@@ -286,6 +286,68 @@ def test_other_image_and_window_sizes_are_interpolated(kind: str) -> None:
     warm_start(model, source)
     x = image(112)
     torch.testing.assert_close(model.eval()(x), loaded.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_of_a_grid_that_is_not_square() -> None:
+    """48 x 48 tokens and 32 x 72 are as many."""
+    small = {**PVT, "depths": (1, 1)}
+    source = ACmixPVT(**{**small, "img_size": 192}, path="attn")
+    model = ACmixPVT(**{**small, "img_size": (128, 288)})
+    warm_start(model, source)
+    expected = resize_position(source.pos_embed1, (48, 48), (32, 72))
+    torch.testing.assert_close(model.pos_embed1, expected)
+    back = ACmixPVT(**{**small, "img_size": 192})
+    warm_start(back, ACmixPVT(**{**small, "img_size": (128, 288)}, path="attn"))
+
+
+FEATURES = {
+    "swin_tiny_acmix": ("swin_tiny_attn", {"depths": (2, 2, 2, 2), "embed_dim": 24}),
+    "pvt_tiny_acmix": ("pvt_tiny_attn", {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32)}),
+    "san10_acmix": ("san10_attn", {"depths": (1, 1, 1, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature_extractors(name: str) -> None:
+    source_name, kwargs = FEATURES[name]
+    kwargs = {**kwargs, "num_classes": 5}
+    if "embed_dims" in kwargs:
+        kwargs["heads"] = (1, 2, 2, 4)
+    if "embed_dim" in kwargs:
+        kwargs["num_heads"] = (1, 2, 4, 8)
+    source = scatter(timm.create_model(source_name, **kwargs))
+    taken = {"features_only": True, "out_indices": (0, 2)}
+    model = timm.create_model(name, **taken, **kwargs).eval()
+    size = 224 if name.startswith("swin") else 64
+    report = warm_start(model, source)
+    assert any(key.startswith(("head.", "fc.")) for key in report.left)
+    assert "left out" in str(report)
+    x = image(size)
+    maps = source.forward_intermediates(
+        x, indices=[0, 2], intermediates_only=True, output_fmt="NCHW"
+    )
+    for found, map_ in zip(model(x), maps, strict=True):
+        found = found.permute(0, 3, 1, 2) if name.startswith("swin") else found
+        torch.testing.assert_close(found, map_, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_extractor_of_a_resnet() -> None:
+    source = scatter(timm.create_model("resnet26_conv", channels=(8, 8, 16, 16)))
+    whole = timm.create_model("resnet26_acmix", channels=(8, 8, 16, 16))
+    model = timm.create_model("resnet26_acmix", channels=(8, 8, 16, 16), features_only=True)
+    fitted = warm_start(whole, source).fitted
+    report = warm_start(model, source)
+    assert report.fitted == pytest.approx(fitted, abs=1e-9)
+    assert report.left == ("fc.weight", "fc.bias")
+    weights = source.state_dict()
+    assert {*report.copied} == {*weights} & {*model.state_dict()}
+    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in report.copied)
+
+
+def test_released_weights_are_for_another_function() -> None:
+    _, model = resnets()
+    with pytest.raises(ValueError, match=r"acmix\.models\.checkpoints\.from_released takes"):
+        warm_start(model, {"layer1.0.conv2.rate1": torch.ones(1)})
 
 
 def test_dtype_of_the_model_stays() -> None:

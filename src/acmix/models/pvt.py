@@ -281,18 +281,29 @@ def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]
     return torch.cat([position[:, :extra], grid], 1)
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """PVT's release, or ours at another img_size: position embeddings at the model's size."""
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    old_sizes: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, Any]:
+    """PVT's release, or ours at another img_size: position embeddings at the model's size.
+
+    old_sizes: of the grids; where they are not known, those of as many tokens as the model's are
+    the model's, and others square.
+    """
     state_dict = checkpoints.unwrap(state_dict)
     grid_sizes: Any = model.grid_sizes
     for index, size in enumerate(grid_sizes):
         key = f"pos_embed{index + 1}"
         if key not in state_dict:
             continue
-        extra = int(index == len(grid_sizes) - 1)
-        side = round((state_dict[key].shape[1] - extra) ** 0.5)
-        if side * side + extra == state_dict[key].shape[1] != extra + size[0] * size[1]:
-            state_dict[key] = resize_position(state_dict[key], (side, side), size)
+        tokens = state_dict[key].shape[1] - int(index == len(grid_sizes) - 1)
+        side = round(tokens**0.5)
+        old = size if tokens == size[0] * size[1] else (side, side)
+        if old_sizes is not None and index < len(old_sizes):
+            old = old_sizes[index]
+        if tokens == old[0] * old[1]:
+            state_dict[key] = resize_position(state_dict[key], old, size)
     return state_dict
 
 

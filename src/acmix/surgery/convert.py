@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,9 +80,9 @@ def convert(
         path: "acmix", or "attn" for attention alone in place of convolutions.
         warm: whether a layer starts from what it replaces: `warm_start` for one layer. Attention
             alone cannot start from a convolution, nor convolution from an attention.
-        acmix_kwargs: arguments of every operator: heads, kernel_att, position, backend,
-            kernel_conv, mix, shift and shift_init in place of convolutions; kernel_conv, mix,
-            shift, shift_init and roll_convolution in place of window attentions.
+        acmix_kwargs: arguments of every operator that takes them: heads, kernel_att, position,
+            backend, kernel_conv, mix, shift and shift_init in place of convolutions; kernel_conv,
+            mix, shift, shift_init and roll_convolution in place of window attentions.
 
     Raises:
         ValueError: for a pattern, module or predicate that means no convolution and no attention,
@@ -103,8 +104,9 @@ def convert(
         )
     # What is exchanged: a convolution, or the block that holds an attention.
     olds = {name: model.get_submodule(target(name, candidates[name])) for name in candidates}
+    users = Counter(p for module in model.modules() for p in module._parameters.values())
     reasons = {
-        name: why_not(candidates[name], olds[name], path, heads)
+        name: why_not(candidates[name], olds[name], path, heads) or why_not_tied(olds[name], users)
         for name in choose(candidates, where)
     }
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -114,10 +116,14 @@ def convert(
         got = ", ".join(some) or "a model without any convolution or attention"
         raise ValueError(f"where: expected a 3x3 convolution or a window attention, got {got}")
 
+    known = dict.fromkeys(key for name in names for key in arguments_of(olds[name], path))
+    check_kwargs("acmix_kwargs", acmix_kwargs, tuple(known))
     made: dict[nn.Module, tuple[nn.Module, float | None]] = {}
     for name in track(names, "converting"):
         if olds[name] not in made:
-            made[olds[name]] = replacement(olds[name], path, warm, acmix_kwargs)
+            taken = arguments_of(olds[name], path)
+            own = {key: value for key, value in acmix_kwargs.items() if key in taken}
+            made[olds[name]] = replacement(olds[name], path, warm, own)
     swapped = {}
     for name, old in olds.items():  # under every name, meant or not
         if old in made:
@@ -146,6 +152,9 @@ def choose(
         return list(candidates)
     several = isinstance(where, Iterable) and not isinstance(where, (str, nn.Module))
     each: Any = where if several else [where]
+    each = list(each)
+    if not each:
+        raise ValueError("where: expected patterns, modules or predicates, got none")
     chosen: set[str] = set()
     for wanted in each:
         found = {name for name, module in candidates.items() if means(wanted, name, module)}
@@ -218,6 +227,17 @@ def why_not_convolution(conv: nn.Conv2d, heads: int) -> str | None:
     return next((reason for reason, met in conditions.items() if not met), why_not_plain(conv))
 
 
+def why_not_tied(module: nn.Module, users: Mapping[nn.Parameter | None, int]) -> str | None:
+    """users: how many modules have a parameter as their own."""
+    tied = any(users[parameter] > 1 for parameter in module.parameters())
+    return "a weight that another module has, too" if tied else None
+
+
+def arguments_of(old: nn.Module, path: str) -> tuple[str, ...]:
+    """Names of the arguments of the operator that takes its place."""
+    return resnet.ACMIX_KWARGS[path] if isinstance(old, nn.Conv2d) else swin.ACMIX_KWARGS
+
+
 def why_not_plain(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "hooks"
@@ -229,14 +249,12 @@ def replacement(
 ) -> tuple[nn.Module, float | None]:
     """A layer or block in place of the old one, and how far its start is from it."""
     if isinstance(old, nn.Conv2d):
-        check_kwargs("acmix_kwargs", acmix_kwargs, resnet.ACMIX_KWARGS[path])
         layer = resnet.replace_convolution(old, path, acmix_kwargs)
         residual = None
         if warm and layer.has_convolution:
             residual = fit_convolution(layer, old)
         layer.requires_grad_(old.weight.requires_grad).train(old.training)
         return layer, residual
-    check_kwargs("acmix_kwargs", acmix_kwargs, swin.ACMIX_KWARGS)
     block = ACmixSwinBlock(old, **acmix_kwargs)
     warm = warm and block.attn.proj is not None
     if warm:

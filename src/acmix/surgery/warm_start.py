@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
+from timm.models._features import FeatureDictNet, FeatureGetterNet
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
 
@@ -48,12 +49,14 @@ class WarmStart:
     exact: names of the operators that compute the source's attention, with a convolution path that
         starts from zero.
     kept: names of the tensors outside the operators that stay as the model has them.
+    left: names of the source's tensors that a feature extractor has no place for.
     """
 
     copied: tuple[str, ...]
     fitted: Mapping[str, float]
     exact: tuple[str, ...]
     kept: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.copied)} tensors copied"]
@@ -64,6 +67,9 @@ class WarmStart:
             lines.extend(f"  {name or 'layer'}: {value:.3f}" for name, value in self.fitted.items())
         if self.kept:
             lines.append(f"{len(self.kept)} tensors kept: {', '.join(self.kept)}")
+        if self.left:
+            parts = dict.fromkeys(key.partition(".")[0] for key in self.left)
+            lines.append(f"{len(self.left)} tensors of the source left out: {', '.join(parts)}")
         return "\n".join(lines)
 
 
@@ -80,15 +86,16 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
     Position tables and embeddings of other sizes are interpolated.
 
     Args:
-        model: a network of `acmix.models`, an operator alone, or any network whose names are the
-            source's but for the operators; with its dtype, on its device.
+        model: a network of `acmix.models`, also with `features_only=True`, an operator alone, or
+            any network whose names are the source's but for the operators; with its dtype, on its
+            device.
         source: a network of timm or torchvision (`resnet50`, `swin_t`, ...), one of ours without
             convolution paths ("conv", "attn"), or the state dict of one, of PVT v1, Swin or SAN,
             also under "model" or "state_dict". For an `ACmix2d` alone a convolution, for a
             `WindowACmix` timm's `WindowAttention`.
 
     Returns:
-        What was copied, fitted and kept.
+        What was copied, fitted, kept and left out.
 
     Raises:
         ValueError: where anything does not fit: it lists what, and the model is left as it was.
@@ -100,9 +107,18 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
         raise TypeError(f"source: expected a module or a state dict, got {type(source).__name__}")
     if isinstance(model, ACmix2d) and isinstance(source, nn.Conv2d):
         check_geometry(model, source)
+    extractor = isinstance(model, (FeatureDictNet, FeatureGetterNet))
+    network: Any = model.model if isinstance(model, FeatureGetterNet) else model
     given = source.state_dict() if isinstance(source, nn.Module) else source
-    weights = at_sizes(our_names(checkpoints.unwrap(given), model), model)
-    operators = {name: m for name, m in model.named_modules() if isinstance(m, OPERATORS)}
+    if checkpoints.is_released(given):
+        raise ValueError(
+            "source: expected a network without convolution paths, got weights of the released "
+            "ACmix, which acmix.models.checkpoints.from_released takes"
+        )
+    weights = our_names(checkpoints.unwrap(given), network)
+    left = take_out_what_is_not_there(weights, network) if extractor else ()
+    weights = at_sizes(weights, network, getattr(source, "grid_sizes", None))
+    operators = {name: m for name, m in network.named_modules() if isinstance(m, OPERATORS)}
     kernels = {
         name: (weights.pop(key), weights.pop(join(name, "bias"), None))
         for name, operator in operators.items()
@@ -113,12 +129,12 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
         for name, operator in operators.items()
         if name not in kernels and operator.mix.weights()[1] is not None
     }
-    state = model.state_dict()
+    state = network.state_dict()
     own = {join(name, key) for name in attentions for key in CONVOLUTION_KEYS}
     own |= {join(name, key) for name in kernels for key in operators[name].state_dict()}
-    drop_other_head(weights, model)
+    drop_other_head(weights, network)
     problems = [
-        *problems_of_tensors(weights, state, own, head_name(model)),
+        *problems_of_tensors(weights, state, own, head_name(network)),
         *(p for name in kernels for p in problems_of_kernel(name, operators[name], *kernels[name])),
         *(p for name, operator in attentions.items() for p in problems_of_mix(name, operator)),
     ]
@@ -141,6 +157,7 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
         fitted={name: found.residual for name, found in fits.items()},
         exact=tuple(attentions),
         kept=tuple(key for key in state if key not in weights and key not in own),
+        left=left,
     )
 
 
@@ -170,15 +187,32 @@ def copy_attention(layer: WindowACmix, attention: WindowAttention) -> None:
 
 
 def our_names(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Weights of torchvision's Swin, and of its first release, with timm's names."""
+    """Weights of torchvision's Swin, and of its first release, with timm's names; those of a
+    feature extractor with its names."""
     weights = {key: v for key, v in weights.items() if not key.endswith(checkpoints.IGNORED)}
-    if not isinstance(model, SwinTransformer):
-        return weights
-    if "features.0.0.weight" in weights:
-        return {torchvision_name(key): value for key, value in weights.items()}
-    if "layers.0.downsample.reduction.weight" in weights:
-        return {release_name(key): value for key, value in weights.items()}
-    return weights
+    extractor = isinstance(model, FeatureDictNet)
+    windows = any(isinstance(module, WindowACmix) for module in model.modules())
+    if isinstance(model, SwinTransformer) or (extractor and windows):
+        if "features.0.0.weight" in weights:
+            weights = {torchvision_name(key): value for key, value in weights.items()}
+        elif "layers.0.downsample.reduction.weight" in weights:
+            weights = {release_name(key): value for key, value in weights.items()}
+    return {extractor_name(key, model): v for key, v in weights.items()} if extractor else weights
+
+
+def extractor_name(key: str, model: nn.Module) -> str:
+    """Where timm's extractor has it: of a Sequential's parts, one by one, as layers_0."""
+    flat = key.replace(".", "_", 1)
+    return flat if flat.partition(".")[0] in model._modules else key
+
+
+def take_out_what_is_not_there(weights: dict[str, Any], model: nn.Module) -> tuple[str, ...]:
+    """Remove from the weights of a whole network what a feature extractor of timm left away."""
+    there = {key.partition(".")[0] for key in model.state_dict()}
+    left = tuple(key for key in weights if key.partition(".")[0] not in there)
+    for key in left:
+        del weights[key]
+    return left
 
 
 def torchvision_name(key: str) -> str:
@@ -196,11 +230,14 @@ def release_name(key: str) -> str:
     )
 
 
-def at_sizes(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Position biases and embeddings interpolated to the model's windows and image."""
+def at_sizes(
+    weights: dict[str, Any], model: nn.Module, grid_sizes: Sequence[tuple[int, int]] | None = None
+) -> dict[str, Any]:
+    """Position biases and embeddings interpolated to the model's windows and image; grid_sizes are
+    those of PVT's embeddings, if known."""
     embeddings = [value for key, value in weights.items() if key.startswith("pos_embed")]
     if isinstance(model, pvt.ACmixPVT) and all(map(is_table, embeddings)):
-        weights = pvt.checkpoint_filter_fn(weights, model)
+        weights = pvt.checkpoint_filter_fn(weights, model, grid_sizes)
     for key, ours in model.state_dict().items():
         table: Any = weights.get(key)
         if not key.endswith("relative_position_bias_table") or not is_table(table):
