@@ -1,6 +1,6 @@
 """Time and memory of ACmix on a GPU, beside the 3x3 convolution and what else computes a window.
 
-    python benchmarks/gpu.py                        # everything, about 8 minutes
+    python benchmarks/gpu.py                        # everything, at most 8 minutes
     python benchmarks/gpu.py --only layers          # a part of it
     python benchmarks/gpu.py --only variants        # other tiles of the attention kernels
 
@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import gpu_check
@@ -31,7 +35,7 @@ from torch import Tensor, nn
 import acmix
 from acmix.ops import window_attention
 
-PARTS = ("layers", "networks", "rivals", "roofline")
+PARTS = ("layers", "roofline", "networks", "rivals", "training")
 GOALS = {  # ms of the attention path, forward and with backward; times the convolution
     64: (0.20, 0.8, 4.0),
     128: (0.10, 0.4, 3.5),
@@ -45,7 +49,7 @@ RUNS = ("forward", "forward+backward")
 FIELDS = (
     *("part", "subject", "run", "how", "batch", "channels", "size", "dtype"),
     *("median_ms", "q25_ms", "q75_ms", "min_ms", "repeats", "peak_mib", "images_per_s", "note"),
-    *("date", "commit", "device", "acmix", "torch", "python"),
+    *("date", "commit", "device", "driver", "acmix", "torch", "triton", "timm", "python"),
 )
 Row = dict[str, Any]
 
@@ -61,29 +65,43 @@ class Bench:
         self.shapes = [(c // 8, s // 7) for c, s in SHAPES] if args.quick else SHAPES
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.ours = "auto" if device.type == "cpu" else "triton"
-        self.origin = provenance(name_of(device))
+        self.origin = provenance(name_of(device)) | versions(device)
         self.rows: list[Row] = []
 
     def compiled(self, function: Any) -> Any:
-        return function if self.quick else torch.compile(function)
+        """For the one shape it is called with, whatever was compiled before."""
+        torch.compiler.reset()
+        return function if self.quick else torch.compile(function, dynamic=False)
 
-    def record(self, function: Callable[[], object], images: int = 0, **case: Any) -> Row:
-        """Time a case; what it raises is its row's note."""
+    def record(
+        self,
+        function: Callable[[], object],
+        images: int = 0,
+        own: list[Tensor] | None = None,
+        **case: Any,
+    ) -> Row:
+        """Time a case, and its peak memory where its inputs and weights are named, `own`.
+
+        What it raises is its row's note.
+        """
         row: Row = {"dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch, **case}
         if time.monotonic() > self.until:
             row["note"] = "not run: out of time"
         else:
             try:
-                row |= self.measured(function, images)
+                row |= self.measured(function, images, own)
             except Exception as error:  # out of memory, a compiler's: the others go on
-                row["note"] = f"{type(error).__name__}: {str(error).strip()[:120]}"
+                row["note"] = gpu_check.line_of(error)
         self.rows.append({**row, **self.origin})
         return row
 
-    def measured(self, function: Callable[[], object], images: int) -> Row:
+    def measured(
+        self, function: Callable[[], object], images: int, own: list[Tensor] | None
+    ) -> Row:
+        peak = peak_of(function, self.device, own) if own else ""
         function()  # compiles
-        peak = peak_of(function, self.device)
-        milliseconds = timings(function, self.device, 5 if self.quick else 150)
+        span = 5 if self.quick else 1000 if images else 150
+        milliseconds = timings(function, self.device, span)
         quartiles = statistics.quantiles(milliseconds, n=4)
         row = dict(zip(("q25_ms", "median_ms", "q75_ms"), quartiles, strict=True))
         row |= {"min_ms": min(milliseconds), "repeats": len(milliseconds), "peak_mib": peak}
@@ -110,6 +128,20 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what a GPU's figures depend on beside PyTorch."""
+    found = {"timm": timm.__version__, "driver": "", "triton": ""}
+    if find_spec("triton"):
+        import triton
+
+        found["triton"] = triton.__version__
+    if device.type == "cuda" and which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        found["driver"] = lines[0] if lines else ""
+    return found
+
+
 def timings(function: Callable[[], object], device: torch.device, span: float) -> list[float]:
     """Milliseconds of each call, as many as fill the span (ms)."""
     if device.type == "cuda":
@@ -125,18 +157,22 @@ def timings(function: Callable[[], object], device: torch.device, span: float) -
     return found
 
 
-def peak_of(function: Callable[[], object], device: torch.device) -> float | str:
-    """MiB allocated at most, the function's inputs and weights among them."""
+def peak_of(function: Callable[[], object], device: torch.device, own: list[Tensor]) -> float | str:
+    """MiB allocated at most, those of its own tensors among them, but not what others hold."""
     if device.type != "cuda":
         return ""
+    gc.collect()
+    others = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in own)
+    function()  # what the first call compiles or keeps is no part of a call's peak
     torch.cuda.reset_peak_memory_stats(device)
     function()
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - others) / 2**20
 
 
 def graph_of(function: Callable[[], object]) -> Callable[[], object]:
     """Replays the function's kernels."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             function()
@@ -144,7 +180,15 @@ def graph_of(function: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(_reads: object = function) -> None:  # its tensors live as long as the graph
+        graph.replay()
+
+    return replay
+
+
+def weights_of(module: object) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
 
 
 def infer(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
@@ -171,7 +215,8 @@ def both(bench: Bench, function: Any, *inputs: Tensor, **case: Any) -> None:
         def call(way: Any = way) -> Callable[[], object]:
             return way(function, *inputs)
 
-        bench.record(lazily(call), run=run, how="call", **case)
+        own = [*inputs, *weights_of(function)]
+        bench.record(lazily(call), own=own, run=run, how="call", **case)
         if bench.device.type == "cuda":
             bench.record(lazily(lambda call=call: graph_of(call())), run=run, how="graph", **case)
 
@@ -265,26 +310,45 @@ def flex(bench: Bench, size: int) -> Callable[..., Tensor]:
 
 def networks(bench: Bench) -> None:
     """Images/s of ACmix networks and of those whose operator they replace."""
+    for name in (name for pair in pairs_of(bench) for name in pair):
+        net, x, case = network(bench, name)
+        own = [x, *weights_of(net)]
+        step = training_step(net, x)
+        bench.record(step, bench.batch, own, run="training", how="call", **case)
+        net, x = net.to(bench.dtype).eval(), x.to(bench.dtype)
+        own = [x, *weights_of(net)]
+        bench.record(infer(net, x), bench.batch, own, run="inference", how="call", **case)
+        fast = infer(bench.compiled(net), x)
+        bench.record(fast, bench.batch, own, run="inference", how="compiled", **case)
+        del net, x, own, step, fast
+    show_networks(bench, [("inference", "compiled"), ("inference", "call"), ("training", "call")])
+
+
+def training(bench: Bench) -> None:
+    """The training step compiled, last because its compilation takes minutes."""
+    for name in (name for pair in pairs_of(bench) for name in pair):
+        net, x, case = network(bench, name)
+        step, own = training_step(bench.compiled(net), x), [x, *weights_of(net)]
+        bench.record(step, bench.batch, own, run="training", how="compiled", **case)
+        del net, x, own, step
+    show_networks(bench, [("training", "compiled")])
+
+
+def pairs_of(bench: Bench) -> list[tuple[str, str]]:
+    return [("resnet26_conv", "resnet26_acmix")] if bench.quick else PAIRS
+
+
+def network(bench: Bench, name: str) -> tuple[nn.Module, Tensor, Row]:
+    """A network, its images, and the columns of its rows."""
+    torch.manual_seed(0)
     size = 32 if bench.quick else 224
-    names = [("resnet26_conv", "resnet26_acmix")] if bench.quick else PAIRS
-    for name in (name for pair in names for name in pair):
-        case = {"part": "networks", "subject": name, "size": size}
-        torch.manual_seed(0)
-        net = timm.create_model(name).to(bench.device, memory_format=torch.channels_last)
-        x = torch.randn(bench.batch, 3, size, size, device=bench.device)
-        x = x.to(memory_format=torch.channels_last)
-        step = training_step(bench, net, x)
-        bench.record(step, bench.batch, run="training", how="call", **case)
-        net = net.to(bench.dtype).eval()
-        run = infer(net, x.to(bench.dtype))
-        bench.record(run, bench.batch, run="inference", how="call", **case)
-        fast = infer(bench.compiled(net), x.to(bench.dtype))
-        bench.record(fast, bench.batch, run="inference", how="compiled", **case)
-        del net, step, run, fast
-    show_networks(bench, names)
+    net = timm.create_model(name).to(bench.device, memory_format=torch.channels_last)
+    x = torch.randn(bench.batch, 3, size, size, device=bench.device)
+    case = {"part": "networks", "subject": name, "size": size}
+    return net, x.to(memory_format=torch.channels_last), case
 
 
-def training_step(bench: Bench, net: nn.Module, x: Tensor) -> Callable[[], object]:
+def training_step(net: nn.Module, x: Tensor) -> Callable[[], object]:
     """Mixed precision, cross-entropy, SGD with momentum."""
     target = torch.randint(1000, (len(x),), device=x.device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
@@ -340,11 +404,16 @@ def variants(bench: Bench) -> None:
     for channels, size in bench.shapes:
         qkv = maps(bench, channels, size, 3)
         inputs = (*qkv, position_of(channels, qkv[0]))
+        few = [*(x[:2] for x in qkv), inputs[3]]
         for tile in [None, *kernels.CANDIDATES]:
             kernels.choose_tile = chosen if tile is None else lambda *_, tile=tile: tile
-            case = {"part": "variants", "channels": channels, "size": size}
-            ours = partial(attention, backend=bench.ours)
-            both(bench, ours, *inputs, subject=str(tile or "chosen"), **case)
+            case: Row = {"part": "variants", "channels": channels, "size": size}
+            case["subject"] = str(tile or "chosen")
+            wrong = gpu_check.fault(case["subject"], attention, few, {}, bench.ours, bench.dtype)
+            if wrong:
+                bench.rows.append({**case, "note": wrong, **bench.origin})
+            else:
+                both(bench, partial(attention, backend=bench.ours), *inputs, **case)
     kernels.choose_tile = chosen
     for channels, size in bench.shapes:
         for run in RUNS:
@@ -406,10 +475,10 @@ def ratios(bench: Bench) -> Iterator[tuple[str, list[float], list[str]]]:
     yield "layer / conv3x3, peak memory", [4.0] * len(memory), memory
 
 
-def show_networks(bench: Bench, pairs: list[tuple[str, str]]) -> None:
+def show_networks(bench: Bench, ways: list[tuple[str, str]]) -> None:
     lines = []
-    for baseline, ours in pairs:
-        for run, how in (("inference", "compiled"), ("inference", "call"), ("training", "call")):
+    for baseline, ours in pairs_of(bench):
+        for run, how in ways:
             case = {"part": "networks", "run": run, "how": how}
             rows = [bench.find(subject=name, **case) for name in (baseline, ours)]
             if not all(rows):
@@ -469,14 +538,14 @@ def main() -> int:
     parts = (*PARTS, "variants")
     parser.add_argument("--only", nargs="+", choices=parts, default=PARTS, help="parts to run")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--minutes", type=float, default=8, help="what starts later is not run")
+    parser.add_argument("--minutes", type=float, default=7, help="what starts later is not run")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs at all")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("make bench-gpu: PyTorch finds no GPU, so nothing was run", file=sys.stderr)
+        print('make bench-gpu: no GPU found; what it measures reads "not run"', file=sys.stderr)
         return 2
     torch.manual_seed(0)
     bench = Bench(args, device)
@@ -486,7 +555,11 @@ def main() -> int:
         return 1
     print(f"{bench.origin['device']}: outputs and gradients agree with the reference")
     for part in args.only:
-        globals()[part](bench)
+        try:
+            globals()[part](bench)
+        except Exception as error:  # before or between its cases
+            bench.rows.append({"part": part, "note": gpu_check.line_of(error), **bench.origin})
+            print(f"{part}: {gpu_check.line_of(error)}", file=sys.stderr)
         bench.write()
     draw(bench)
     print(f"wrote {bench.path}")

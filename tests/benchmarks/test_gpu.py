@@ -49,6 +49,38 @@ def test_what_would_start_too_late_is_not_run(gpu, monkeypatch, tmp_path):
     assert notes == {"not run: out of time"}
 
 
+def test_what_fails_is_a_row_that_says_why(gpu, monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(gpu, "infer", fails)  # a case
+    monkeypatch.setattr(gpu, "pairs_of", fails)  # a part
+    quick = ("--device", "cpu", "--quick", "--only", "networks", "layers", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *quick) == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    told = [row["note"] == "RuntimeError: no compiler here" for row in rows]
+    assert told == [row["run"] != "forward+backward" for row in rows]
+
+
+def test_every_tile_is_checked_and_timed(gpu, monkeypatch, tmp_path, capsys):
+    tiles = pytest.importorskip("acmix.ops.window_attention.triton").CANDIDATES
+    quick = ("--device", "cpu", "--quick", "--only", "variants", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *quick) == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert {row["subject"] for row in rows if row["median_ms"]} == {"chosen", *map(str, tiles)}
+    assert str(tiles[0]) in capsys.readouterr().out
+
+
+def test_a_wrong_tile_is_not_timed(gpu, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: [])
+    monkeypatch.setattr(gpu.gpu_check, "TOLERANCE", {torch.float32: 0.0})
+    quick = ("--device", "cpu", "--quick", "--only", "variants", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *quick) == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert all("error" in row["note"] and not row["median_ms"] for row in rows)
+
+
 def test_a_wrong_kernel_is_not_timed(gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.gpu_check, "TOLERANCE", {torch.float32: 0.0})
     assert run(gpu, monkeypatch, "--device", "cpu", "--quick", "--out", tmp_path) == 1
@@ -60,5 +92,6 @@ def test_a_wrong_kernel_is_not_timed(gpu, monkeypatch, tmp_path, capsys):
 def test_without_a_gpu_it_says_so(gpu, monkeypatch, tmp_path, capsys):
     assert run(gpu, monkeypatch, "--out", tmp_path) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "finds no GPU, so nothing was run" in line
+    assert "no GPU found" in line
+    assert "not run" in line
     assert not list(tmp_path.iterdir())
