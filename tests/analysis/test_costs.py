@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,12 @@ def test_stages_of_san19(table: dict[str, Costs]) -> None:
     text = costs.report([attn, acmix], stages=True)
     assert "0.556   0.72  -0.164" in text
     assert "0.743   0.89  -0.147" in text
-    assert "no convention tried gives the published figure" in text
+    note = "no convention tried gives the published figure"
+    assert f"{note}: self-attention has 0.556" in text
+    alone = costs.report([acmix], stages=True)
+    assert f"{note}." in alone
+    assert "self-attention has" not in alone
+    assert note not in costs.report([replace(acmix, size=(64, 64))], stages=True)
 
 
 def test_stage_2_of_san19_with_norms_and_biases(table: dict[str, Costs]) -> None:

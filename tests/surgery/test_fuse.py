@@ -403,13 +403,24 @@ class Asking(Choosing):
         return self.block(self.norm(y)) if more is None else self.block(y) + more
 
 
-@pytest.mark.parametrize("kind", [Choosing, Asking])
-def test_optional_arguments_keep_their_meaning(kind: type[Choosing]) -> None:
+class Exact(Choosing):
+    """As it, but by a question that a proxy answers as the default does."""
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.conv(x)
+        return self.block(y if raw is True else self.norm(y))
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(Choosing, "raw"), (Choosing, "more"), (Asking, "more"), (Exact, "raw")],
+)
+def test_optional_arguments_keep_their_meaning(kind: type[Choosing], option: str) -> None:
     model, x = trained(kind()), torch.randn(2, 4, 5, 6)
     fused = assert_same(model, x)
     assert norms(fused) == 1
-    options = {"more": x}
-    torch.testing.assert_close(fused(x, **options), model.eval()(x, **options))
+    given = {option: True if option == "raw" else x}
+    torch.testing.assert_close(fused(x, **given), model.eval()(x, **given))
 
 
 class Reading(nn.Module):

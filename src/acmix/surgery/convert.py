@@ -63,11 +63,12 @@ def convert(
 ) -> Conversion:
     """Swap 3x3 convolutions and the window attentions of timm's Swin for ACmix, in place.
 
-    A convolution of one group, zero padding equal to its dilation and without hooks or
-    parametrizations is swapped for the `ACmix2d` of its channels, stride and dilation, whose maps
-    have the same size. Of the attentions, that of timm's `SwinTransformerBlock` is swapped, for a
-    `WindowACmix`, and its block is rebuilt around it. Device, dtype, mode and whether the layer is
-    trained stay; a layer of two names is swapped once and keeps both.
+    A convolution of one group, zero padding equal to its dilation and without hooks,
+    parametrizations or a weight that another module has, too, is swapped for the `ACmix2d` of its
+    channels, stride and dilation, whose maps have the same size. Of the attentions, that of timm's
+    `SwinTransformerBlock` is swapped, for a `WindowACmix`, and its block is rebuilt around it.
+    Device, dtype, mode and whether the layer is trained stay; a layer of two names is swapped once
+    and keeps both.
 
     The new layers have parameters of their own: make the optimizer afterwards, and before
     `load_state_dict` of a converted model's weights convert the model again.

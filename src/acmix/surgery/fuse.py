@@ -122,15 +122,17 @@ def pairs(module: nn.Module, graph: fx.Graph) -> set[tuple[str, str]]:
 
 
 def traced(module: nn.Module, name: str) -> list[fx.Graph]:
-    """The calls of `forward` with its optional arguments at their defaults, and with any others;
-    nothing where fx cannot trace it, or where what it does depends on them."""
+    """The calls of `forward` with its optional arguments at their defaults, with each switch
+    turned, and with any others; nothing where fx cannot trace one of these."""
     arguments = inspect.signature(module.forward).parameters.values()
     defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            others: list[dict[str, Any]] = [{}] if defaults else []
-            return [Tracer().trace(module, given) for given in (defaults, *others)]
+            ways: list[dict[str, Any]] = [defaults, {}] if defaults else [{}]
+            # To `is True` a proxy says no, so that each switch is turned as well.
+            ways += [{**defaults, k: not v} for k, v in defaults.items() if isinstance(v, bool)]
+            return [Tracer().trace(module, given) for given in ways]
     except Exception as error:  # whatever a user's forward raises for a proxy of a tensor
         logger.info("%s: torch.fx cannot trace it: %s", name or "the model", error)
         return []
