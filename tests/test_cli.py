@@ -12,6 +12,7 @@ import acmix
 from acmix import cli
 from acmix.analysis import environment
 from acmix.cli import main
+from acmix.ops import _native
 from acmix.tasks import predict
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
@@ -77,6 +78,12 @@ def test_ctrl_c_while_pytorch_is_loaded_shows_no_traceback():
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == ""
     assert process.returncode == -signal.SIGINT
+
+
+def test_info_says_why_there_is_no_kernel(capsys, monkeypatch):
+    monkeypatch.setattr(_native, "_load", lambda: (None, "no CPU kernel: no compiler"))
+    assert main(["info"]) == 0
+    assert "not here: no CPU kernel: no compiler" in capsys.readouterr().out
 
 
 def test_help_and_version_load_nothing_heavy():

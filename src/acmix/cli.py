@@ -151,8 +151,9 @@ def info(args: list[str]) -> None:
     for device in environment.devices():
         table.add_row("device", device)
     for name, reason in backends().items():
-        runs = f"runs here ({_native.simd()})" if name == "native" else "runs here"
-        table.add_row(f"backend {name}", f"not here: {escape(reason)}" if reason else runs)
+        runs = f"not here: {escape(reason)}" if reason else "runs here"
+        simd = f" ({_native.simd()})" if name == "native" and reason is None else ""
+        table.add_row(f"backend {name}", runs + simd)
     if missing := [name for module, name in TRAIN_PACKAGES.items() if find_spec(module) is None]:
         table.add_row("training", f"needs {', '.join(missing)}: pip install 'acmix\\[train]'")
     console().print(table, highlight=False)

@@ -566,3 +566,21 @@ def test_no_native(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         assert b"ACMIX_NO_NATIVE" in wheel.read("acmix/_kernel_missing.txt")
+
+
+WRONG = {
+    "position": lambda o, x: o.window_attention(x, x, x, None, torch.ones(1, 2), None, 3, 1, 1),
+    "alpha": lambda o, x: o.window_attention(x, x, x, None, None, torch.ones(0), 3, 1, 1),
+    "lse": lambda o, x: o.window_attention_backward(x, x, x, x, None, None, x[0, 0, 0], 3, 1, 1),
+    "bias": lambda o, x: o.partition_attention(
+        x.repeat(1, 3, 1, 1, 1), x[0, :1, 0], [2, 3], [0, 0]
+    ),
+    "dtype": lambda o, x: o.window_attention(*[x.double()] * 3, None, None, None, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pointer_is_checked_before_it_is_passed_on(name: str) -> None:
+    """An operator may be called by itself, or by a program that was edited."""
+    with pytest.raises((ValueError, NotImplementedError)):
+        WRONG[name](torch.ops.acmix, torch.randn(1, 2, 4, 4, 6))

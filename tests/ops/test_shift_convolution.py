@@ -93,6 +93,23 @@ def test_tensor_shifts_are_the_shift_kernels(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_bias_of_fc_has_a_gradient_in_half_precision(backend: str) -> None:
+    """It is a sum over the map of numbers that mostly cancel."""
+    pieces, fc = torch.randn(2, 6, 3, 31, 31), torch.randn(9, 6)
+    kernels, bias = torch.randn(12, 9, 3, 3), torch.randn(9)
+    seed = torch.randn(2, 12, 31, 31).bfloat16()
+    gradients = []
+    for dtype, name in ((torch.bfloat16, backend), (torch.float64, "reference")):
+        leaf = bias.bfloat16().to(dtype).requires_grad_()
+        inputs = [x.bfloat16().to(dtype) for x in (pieces, fc, kernels)]
+        out = shift_convolution(*inputs, fc_bias=leaf, backend=name)
+        assert out.dtype == dtype
+        gradients.append(torch.autograd.grad(out, leaf, seed.to(dtype))[0])
+    error = (gradients[0].double() - gradients[1]).abs().max() / gradients[1].abs().max()
+    assert error < 0.02
+
+
 def test_a_convolution_is_shifted_pieces() -> None:
     """The paper's Eq. 4 to 6: k^2 1x1 convolutions, shifted and summed, are the convolution."""
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)

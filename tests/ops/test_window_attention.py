@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmix.ops import backends, window_attention
@@ -158,6 +159,17 @@ def test_second_derivatives_are_refused(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_forward_mode_derivatives() -> None:
+    q, k, v, direction = torch.randn(4, 1, 4, 5, 6, dtype=torch.float32)
+    expected = torch.func.jvp(lambda q: window_attention(q, k, v, heads=2), (q,), (direction,))[1]
+    with forward_ad.dual_level():
+        out = window_attention(forward_ad.make_dual(q, direction), k, v, heads=2)
+        tangent = forward_ad.unpack_dual(out).tangent
+        with pytest.raises(ValueError, match=r"cannot run here: .*forward-mode"):
+            window_attention(q, k, v, heads=2, backend="native")
+    torch.testing.assert_close(tangent, expected)
+
+
 def test_transforms_of_torch_func() -> None:
     """The fast paths have no rule for them: "auto" takes the reference, a forced one raises."""
     shape = (5, 6, 3, 1, 1)
@@ -228,6 +240,11 @@ def test_attention_reads_tensors_of_any_strides() -> None:
         ({"window": 3.0}, TypeError, "window: expected an int, got float"),
         ({"stride": 0}, ValueError, "stride: expected a positive int, got 0"),
         ({"dilation": 0}, ValueError, "dilation: expected a positive int, got 0"),
+        (
+            {"dilation": 2**40},
+            ValueError,
+            "dilation: expected an int below 2\\^31, got 1099511627776",
+        ),
         ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', .*got 'cuda'"),
         ({"k": torch.randn(6, 7, 9)}, ValueError, "k: expected 4 dimensions"),
         ({"q": torch.randn(2, 6, 7, 8)}, ValueError, r"q: expected shape \(2, 6, 7, 9\), got"),

@@ -75,7 +75,7 @@ class FusedConvolution(nn.Module):
             out = folded.convolve(channels, self.weight, self.stride, self.dilation, x.shape[2])
         if self.taps is None:
             return out
-        return out + folded.border_bias(self.taps, x, self.stride, self.dilation)
+        return out + folded.border_bias(self.taps, out, x, self.stride, self.dilation)
 
     def extra_repr(self) -> str:
         return (

@@ -22,6 +22,8 @@ def check_positive(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
     if value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name}: expected an int below 2^31, got {value}")
 
 
 def check_window(name: str, value: int) -> None:

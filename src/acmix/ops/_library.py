@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Triton runs its kernels on the CPU, step by step, for tests: they stand in for the CPU kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,6 +114,8 @@ def why_not_transformed(*tensors: Tensor) -> str | None:
         return None
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         return "it has no rule for the transforms of torch.func (grad, jvp, vmap)"
+    if forward_ad._current_level >= 0:
+        return "it has no rule for forward-mode derivatives"
     return None
 
 

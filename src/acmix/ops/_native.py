@@ -134,10 +134,10 @@ def attention_forward(
         q,
         k,
         v,
-        _Floats(position),
+        _Floats(position, k.shape[2], 2),
         _Floats(alpha),
         out,
-        _Floats(lse),
+        _Floats(lse, *_without_channels(out)),
     )
 
 
@@ -168,13 +168,13 @@ def attention_backward(
         q,
         k,
         v,
-        _Floats(position),
+        _Floats(position, k.shape[2], 2),
         _Floats(alpha),
-        _Floats(lse),
+        _Floats(lse, *_without_channels(q)),
         grad_q,
         grad_k,
         grad_v,
-        _Floats(grad_position),
+        _Floats(grad_position, k.shape[2], 2),
         _Floats(grad_alpha),
     )
 
@@ -222,8 +222,7 @@ def shift_forward(
         "acmix_shift_forward",
         _shift_problem(pieces, fc_weight, weight, stride, dilation, accumulate),
         pieces.transpose(1, 2),
-        _Floats(fc_weight),
-        _Floats(weight),
+        *_shift_floats(fc_weight, weight, fc_weight, weight),
         _by_group(out, pieces),
     )
 
@@ -246,11 +245,9 @@ def shift_backward(
         _shift_problem(pieces, fc_weight, weight, stride, dilation, accumulate),
         _by_group(grad_out, pieces),
         pieces.transpose(1, 2),
-        _Floats(fc_weight),
-        _Floats(weight),
+        *_shift_floats(fc_weight, weight, fc_weight, weight),
         grad_pieces.transpose(1, 2),
-        _Floats(grad_weight),
-        _Floats(grad_fc),
+        *reversed(_shift_floats(grad_fc, grad_weight, fc_weight, weight)),
     )
 
 
@@ -269,9 +266,9 @@ def partition_forward(
         "acmix_partition_forward",
         _PartitionProblem(*out.shape, *window, *shift),
         *pieces.chunk(3, 1),
-        _Floats(bias),
+        _Floats(bias, *_bias_shape(out, window)),
         out,
-        _Floats(lse),
+        _Floats(lse, *_without_channels(out)),
     )
 
 
@@ -290,20 +287,39 @@ def partition_backward(
         _PartitionProblem(*grad_out.shape, *window, *shift),
         grad_out,
         *pieces.chunk(3, 1),
-        _Floats(bias),
-        _Floats(lse),
+        _Floats(bias, *_bias_shape(grad_out, window)),
+        _Floats(lse, *_without_channels(grad_out)),
         *grad_pieces.chunk(3, 1),
-        _Floats(grad_bias),
+        _Floats(grad_bias, *_bias_shape(grad_out, window)),
     )
 
 
 class _Floats:
-    """A contiguous float32 tensor passed as a bare pointer, or none."""
+    """A contiguous float32 tensor of known shape passed as a bare pointer, or none."""
 
-    def __init__(self, tensor: Tensor | None) -> None:
+    def __init__(self, tensor: Tensor | None, *shape: int) -> None:
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
             raise AssertionError("a bare pointer must be to contiguous float32")
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"expected a tensor of {shape}, got shape {tuple(tensor.shape)}")
         self.pointer = ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _without_channels(x: Tensor) -> tuple[int, ...]:
+    return *x.shape[:2], *x.shape[3:]
+
+
+def _shift_floats(
+    fc: Tensor | None, weight: Tensor | None, fc_weight: Tensor | None, like: Tensor
+) -> tuple[_Floats, _Floats]:
+    """fc and weight, or their gradients, of the shapes that fc_weight and `like` have."""
+    shape = () if fc_weight is None else tuple(fc_weight.shape)
+    return _Floats(fc, *shape), _Floats(weight, *like.shape)
+
+
+def _bias_shape(out: Tensor, window: Sequence[int]) -> tuple[int, int, int]:
+    tokens = window[0] * window[1]
+    return out.shape[1], tokens, tokens
 
 
 def _problem(k: Tensor, window: int, stride: int, dilation: int) -> _Problem:
@@ -337,6 +353,8 @@ def _by_group(x: Tensor, pieces: Tensor) -> Tensor:
 
 
 def _describe(tensor: Tensor) -> _Tensor:
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        raise ValueError(f"expected tensors on the CPU, got {tensor.dtype} on {tensor.device}")
     size = tensor.element_size()
     extent = tensor.untyped_storage().nbytes() // size - tensor.storage_offset()
     return _Tensor(

@@ -43,7 +43,7 @@ def forward(
     out = convolve(pieces, fc_weight, shift_weight, stride, dilation)
     if fc_bias is None:
         return out
-    return out + border_bias(tap_bias(shift_weight, fc_bias), pieces, stride, dilation)
+    return out + border_bias(tap_bias(shift_weight, fc_bias), out, pieces, stride, dilation)
 
 
 def convolve(

@@ -30,7 +30,7 @@ def forward(
     )
     if fc_bias is None:
         return out
-    return out + border_bias(tap_bias(shift_weight, fc_bias), pieces, stride, dilation)
+    return out + border_bias(tap_bias(shift_weight, fc_bias), out, pieces, stride, dilation)
 
 
 def forward_dense(
@@ -48,7 +48,7 @@ def forward_dense(
     with without_autocast(x):
         dense, taps = fold_dense(weight, bias, fc_weight, shift_weight, fc_bias)
     out = convolve(x, dense, stride, dilation, groups=1)
-    return out if taps is None else out + border_bias(taps, x, stride, dilation)
+    return out if taps is None else out + border_bias(taps, out, x, stride, dilation)
 
 
 def fold_fc(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
@@ -87,10 +87,16 @@ def tap_bias(shift_weight: Tensor, fc_bias: Tensor) -> Tensor:
     return torch.einsum("otuv,t->ouv", shift_weight, fc_bias)
 
 
-def border_bias(taps: Tensor, like: Tensor, stride: int, dilation: int) -> Tensor:
-    """Sum of the bias of the taps inside the map, (1, C, Ho, Wo); constant away from borders."""
-    ones = torch.ones(1, 1, *like.shape[-2:], dtype=taps.dtype, device=taps.device)
-    return convolve(ones, taps[:, None], stride, dilation, groups=1)
+def border_bias(taps: Tensor, out: Tensor, x: Tensor, stride: int, dilation: int) -> Tensor:
+    """Sum of the bias of the taps inside the map x, (1, C, Ho, Wo); constant away from borders.
+
+    In float32 at least, since its gradient is a sum over the map, and then in the dtype of `out`.
+    """
+    dtype = torch.promote_types(taps.dtype, torch.float32)
+    ones = torch.ones(1, 1, *x.shape[-2:], dtype=dtype, device=taps.device)
+    with without_autocast(x):
+        bias = convolve(ones, taps[:, None].to(dtype), stride, dilation, groups=1)
+    return bias.to(out.dtype)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
