@@ -415,6 +415,14 @@ sys.exit(pytest.main(arguments))
     run_script(script, ACMIX_SIMD=simd)
 
 
+def test_unknown_instructions() -> None:
+    script = """
+from acmix.ops import backends
+assert backends()["native"] == "ACMIX_SIMD: expected plain, avx2, avx512, got 'sse'"
+"""
+    run_script(script, ACMIX_SIMD="sse")
+
+
 def test_import_loads_no_library() -> None:
     script = """
 from acmix.ops import _native

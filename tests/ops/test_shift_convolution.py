@@ -110,6 +110,23 @@ def test_bias_of_fc_has_a_gradient_in_half_precision(backend: str) -> None:
     assert error < 0.02
 
 
+@pytest.mark.parametrize("half", ["pieces", "weights"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "auto"])
+def test_autocast_takes_mixed_dtypes(backend: str, half: str) -> None:
+    """The output of a half-precision layer meets the float32 parameters of the next, or the
+    converse."""
+    pieces, *weights = (x.bfloat16().float() for x in make_inputs((6, 7), 3))
+    inputs = [pieces.bfloat16(), *weights]
+    if half == "weights":
+        inputs = [pieces, *(x.bfloat16() for x in weights)]
+    *inputs, bias = inputs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = shift_convolution(*inputs, fc_bias=bias, backend=backend)
+    assert out.dtype == torch.bfloat16
+    expected = shift_convolution(pieces, *weights[:2], fc_bias=weights[2], backend="reference")
+    assert_all_close([out.float()], [expected], 3e-2)
+
+
 def test_a_convolution_is_shifted_pieces() -> None:
     """The paper's Eq. 4 to 6: k^2 1x1 convolutions, shifted and summed, are the convolution."""
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from acmix.ops._library import INTERPRETED, why_not_transformed
 
 INTERFACE = 3  # acmix_interface() of the library that these declarations describe
 FOLDER = Path(__file__).parents[1]
+SIMD = ("plain", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {
     1: "a size out of range",
@@ -390,6 +392,8 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if (wish := os.environ.get("ACMIX_SIMD", "")) not in ("", *SIMD):
+        return None, f"ACMIX_SIMD: expected {', '.join(SIMD)}, got {wish!r}"
     paths = sorted(FOLDER.glob("_kernel*.so")) + sorted(FOLDER.glob("_kernel*.pyd"))
     if not paths:
         return None, _why_missing()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
+from acmix.ops._library import autocast, autocast_dtype
 from acmix.ops.shift_convolution import folded, native, reference
 
 # The folded form is the portable one, which the other operators call tiled.
@@ -51,7 +52,8 @@ def shift_convolution(
     Raises:
         ValueError: for a wrong rank, shape, stride, dilation or backend, and for a forced backend
             that cannot run here.
-        TypeError: for integer or complex tensors and mixed dtypes.
+        TypeError: for integer or complex tensors and mixed dtypes; under autocast the pieces and
+            the weights may differ.
     """
     _checks.check_positive("stride", stride)
     _checks.check_positive("dilation", dilation)
@@ -73,11 +75,16 @@ def shift_convolution(
     _checks.check_shape("shift_weight", shift_weight, (channels, side * side, side, side))
     _checks.check_divisible("shift_weight: channels", channels, "d", pieces.shape[2])
     _checks.check_shape("fc_weight", fc_weight, (side * side, pieces.shape[1]))
-    same = {"pieces": pieces, "fc_weight": fc_weight, "shift_weight": shift_weight}
+    weights = {"fc_weight": fc_weight, "shift_weight": shift_weight}
     if fc_bias is not None:
         _checks.check_shape("fc_bias", fc_bias, (side * side,))
-        same["fc_bias"] = fc_bias
-    _checks.check_same_kind(**same)
+        weights["fc_bias"] = fc_bias
+    if autocast_dtype(pieces.device) is None:
+        _checks.check_same_kind(pieces=pieces, **weights)
+    else:
+        _checks.check_device("fc_weight", fc_weight, "pieces", pieces)
+        _checks.check_same_kind(**weights)
+        (pieces,) = autocast(pieces)
     implementation = choose(backend, IMPLEMENTATIONS, pieces, fc_weight, shift_weight)
     return implementation.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
 
