@@ -14,6 +14,7 @@ from helpers import (
     assert_all_close,
     convolution_forms,
     outputs_and_gradients,
+    weighted_sum,
 )
 from torch import Tensor, nn
 
@@ -276,8 +277,7 @@ def check_compiled(
         x = torch.randn(batch, 6, height, width)
         expected = outputs_and_gradients(as_function(layer), [x, *layer.parameters()])
         out = compiled(x.requires_grad_())
-        weights = torch.linspace(0, 40, out.numel(), dtype=torch.float64).sin().view_as(out)
-        gradients = torch.autograd.grad((out * weights.float()).sum(), [x, *layer.parameters()])
+        gradients = torch.autograd.grad(weighted_sum(out), [x, *layer.parameters()])
         assert_all_close([out, *gradients], expected, TOLERANCE[torch.float32])
 
 

@@ -130,7 +130,7 @@ class ACmix2d(nn.Module):
         _checks.check_map("x", x, self.in_channels)
         if autocast_dtype(x.device) is None:
             _checks.check_same_kind(parameters=self.qkv_weight, x=x)
-        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight)
+        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight, head_dim=self.head_dim)
         alpha, beta = self.mix.weights()
         if beta is None:
             return self._attention(*self._project_for_attention(x), backend)
@@ -249,7 +249,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # A compiled program depends on neither the threads nor the size.
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     if x.device.type != "cpu" or (channels_last and threads == 1):
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        # Of strided pixels a copy; else PyTorch makes one too, and adds the bias afterwards.
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        return F.linear(pixels, weight, bias).permute(0, 3, 1, 2)
     if not channels_last and threads > 1 and x.shape[2] * x.shape[3] >= 32 * 32:
         pixels = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x.flatten(2))
         return pixels.unflatten(2, x.shape[2:])

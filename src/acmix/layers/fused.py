@@ -16,7 +16,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -200,7 +199,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
         alpha, beta = layer.mix.weights()
         like = layer.conv1.weight
         projections: list[Any] = [layer.conv1, layer.conv2, layer.conv3]
-        weight = torch.cat([wide(conv.weight) for conv in projections])
+        weight = torch.cat([wide(conv.weight) for conv in projections]).flatten(1)
         bias = torch.cat([wide(conv.bias) for conv in projections])
         factor = product(alpha, scale, bias[-self.out_channels :])
         self.convolution: FusedConvolution | None = None
@@ -209,7 +208,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
             taps, dense = None, prefers_dense(like)
             if dense:
                 shape = (2 + self.reduction, -1)
-                of_x = (weight.flatten(1).unflatten(0, shape), bias.unflatten(0, shape))
+                of_x = (weight.unflatten(0, shape), bias.unflatten(0, shape))
                 kernel, taps = folded.fold_dense(*of_x, *path, None)
             else:
                 kernel = folded.fold_fc(*path)
@@ -220,7 +219,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
                 kernel, taps, like=like, backend=self.backend, dense=dense
             )
         if alpha is not None:
-            weight[-self.out_channels :] *= factor[:, None, None, None]
+            weight[-self.out_channels :] *= factor[:, None]
             bias[-self.out_channels :] *= factor
         self.conv_w = None if layer.conv_w is None else fuse_weight_layers(layer.conv_w)
         self.qkv_weight, self.qkv_bias = constant(weight, like), constant(bias, like)
@@ -229,7 +228,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         _checks.check_map("x", x, self.in_channels)
-        pieces = F.conv2d(x, self.qkv_weight, self.qkv_bias)
+        pieces = project(x, self.qkv_weight, self.qkv_bias)
         related = self.out_channels // self.reduction
         out: Tensor | None = None
         if self.conv_w is not None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix.layers.acmix import prefers_dense
+from acmix.layers.acmix import prefers_dense, project
 from acmix.layers.mix import MIXES, Weight, make_mix
 from acmix.layers.shift import check_shift, make_shift
 from acmix.ops import _checks, weighted_aggregation
@@ -114,7 +114,7 @@ class PatchwiseACmix(nn.Module):
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         _checks.check_map("x", x, self.in_channels)
         alpha, beta = self.mix.weights()
-        q, k, v = self.conv1(x), self.conv2(x), self.conv3(x)
+        q, k, v = project_together(x, self.conv1, self.conv2, self.conv3)
         out: Tensor | None = None
         if alpha is not None:
             out = alpha * self._attention(q, k, v)
@@ -139,9 +139,8 @@ class PatchwiseACmix(nn.Module):
         shape = (2 + self.reduction, -1)
         backend = resolve(self.backend, CONVOLUTION, x)
         if kernels is not None and backend != "reference" and prefers_dense(x):
-            convs: list[Any] = [self.conv1, self.conv2, self.conv3]
-            weight = torch.cat([conv.weight for conv in convs]).flatten(1).unflatten(0, shape)
-            bias = torch.cat([conv.bias for conv in convs]).unflatten(0, shape)
+            parameters = joined(self.conv1, self.conv2, self.conv3)
+            weight, bias = (tensor.unflatten(0, shape) for tensor in parameters)
             return folded.forward_dense(x, weight, bias, fc_weight, kernels, None, 1, 1)
         pieces = torch.cat(qkv, 1).unflatten(1, shape)
         if kernels is None:
@@ -202,11 +201,11 @@ class PairwiseAttention(nn.Module):
         columns = unit_coordinate(width, x).expand(height, width)
         rows = unit_coordinate(height, x)[:, None].expand(height, width)
         positions = self.conv_p(torch.stack([columns, rows])[None]).expand(batch, -1, -1, -1)
-        queries = torch.cat([self.conv1(x), positions], 1)
-        keys = torch.cat([self.conv2(x), positions], 1)
+        q, k, v = project_together(x, self.conv1, self.conv2, self.conv3)
+        queries = torch.cat([q, positions], 1)
+        keys = torch.cat([k, positions], 1)
         apart = queries[:, :, None] - windows(keys, self.kernel_att)
         weight = self.conv_w(apart.flatten(3)).softmax(2).unflatten(3, (height, width))
-        v = self.conv3(x)
         return weighted_aggregation(
             weight.to(v.dtype), v, window=self.kernel_att, backend=self.backend
         )
@@ -217,6 +216,18 @@ class PairwiseAttention(nn.Module):
             f"reduction={self.reduction}, share_planes={self.share_planes}, "
             f"backend={self.backend!r}"
         )
+
+
+def project_together(x: Tensor, *convs: Any) -> tuple[Tensor, ...]:
+    """The results of some 1x1 convolutions of x, by one projection."""
+    weight, bias = joined(*convs)
+    return project(x, weight, bias).split([len(conv.weight) for conv in convs], 1)
+
+
+def joined(*convs: Any) -> tuple[Tensor, Tensor]:
+    """Weight (C, in_channels) and bias (C) of the convolutions, one after the other."""
+    weights, biases = zip(*((conv.weight, conv.bias) for conv in convs), strict=True)
+    return torch.cat(weights).flatten(1), torch.cat(biases)
 
 
 def check_attention(

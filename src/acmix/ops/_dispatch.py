@@ -1,30 +1,32 @@
 """Which implementation of an operator runs, and for each that cannot, why.
 
 An implementation is a module with `forward`; one that is not for every tensor also has
-`why_not(*tensors)`, which returns a one-line reason or None. `"auto"` takes the first of AUTO that
+`why_not(*tensors)`, which returns a one-line reason or None, and one whose kernels are tried first
+on a GPU `trial(device, dtype)`, their error there. `"auto"` takes the first of AUTO that
 has no reason against it; the reference comes last, for the transforms of torch.func. A backend
 named by the caller runs or raises: nothing falls back silently.
 
-The kernels for the GPU are tried on each before their first use there: a warning tells where they
-are not used.
+The kernels for the GPU are tried on each before an operator's first use there: a warning tells
+where they are not used.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import threading
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from acmix.ops import _native
+from acmix.ops import _native, _trial
 from acmix.ops._checks import check_choice
-from acmix.ops._library import INTERPRETED, why_not_transformed
+from acmix.ops._library import INTERPRETED, dtype_of_kernels, why_not_transformed
 
 AUTO = ("native", "triton", "tiled", "reference")
 BACKENDS = ("auto", "reference", "tiled", "native", "triton")
+LARGEST_HEAD = 256  # of the GPU kernels: more does not fit a GPU's shared memory
 
 
 def backends() -> dict[str, str | None]:
@@ -42,30 +44,42 @@ def backends() -> dict[str, str | None]:
     }
 
 
-def resolve(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str:
+def resolve(
+    backend: str, implementations: dict[str, ModuleType], *tensors: Tensor, head_dim: int = 1
+) -> str:
     """The name of the implementation that `backend` means for tensors like these.
 
     Raises ValueError for an unknown backend, and for a forced one that cannot run here.
     """
+
+    def why_not(name: str) -> str | None:
+        return _why_not(name, implementations, tensors, head_dim)
+
     if backend == "auto":
-        return next(name for name in AUTO if _why_not(name, implementations, *tensors) is None)
+        return next(name for name in AUTO if why_not(name) is None)
     check_choice("backend", backend, BACKENDS)
-    reason = _why_not(backend, implementations, *tensors)
+    reason = why_not(backend)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
     return backend
 
 
-def choose(backend: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> ModuleType:
+def choose(
+    backend: str, implementations: dict[str, ModuleType], *tensors: Tensor, head_dim: int = 1
+) -> ModuleType:
     """The implementation that `resolve` names."""
-    return implementations[resolve(backend, implementations, *tensors)]
+    return implementations[resolve(backend, implementations, *tensors, head_dim=head_dim)]
 
 
-def _why_not(name: str, implementations: dict[str, ModuleType], *tensors: Tensor) -> str | None:
+def _why_not(
+    name: str, implementations: dict[str, ModuleType], tensors: tuple[Tensor, ...], head_dim: int
+) -> str | None:
     if name not in implementations:
         return f"the operator has no {name} kernel"
     if name == "triton":
-        return _triton_why_not(*tensors)
+        if head_dim > LARGEST_HEAD:
+            return f"the GPU kernels take heads of {LARGEST_HEAD} channels at most, got {head_dim}"
+        return _triton_why_not(implementations[name], *tensors)
     why_not = getattr(implementations[name], "why_not", None)
     return why_not(*tensors) if why_not else None
 
@@ -79,30 +93,35 @@ def _triton_reason() -> str | None:
     return "PyTorch finds no GPU"
 
 
-_faults: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_faults: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+_trying = threading.Lock()
 
 
 @torch.compiler.assume_constant_result
-def _triton_fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a GPU cannot run the kernels, tried once a process; None where it can."""
-    if (device, dtype) not in _faults:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # a CUDA graph takes nothing else, and was warmed up before
-        trial = importlib.import_module("acmix.ops.window_attention._trial")
-        _faults[device, dtype] = reason = trial.fault(device, dtype)
-        if reason is not None:
-            message = f"the GPU kernels are not used for {dtype}: {reason}"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return _faults[device, dtype]
+def _triton_fault(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU cannot run an operator's kernels, tried once a process; None where it can."""
+    key = kernels.__name__, device, dtype
+    with _trying:
+        if key not in _faults:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None  # a CUDA graph takes nothing else, and was warmed up before
+            _faults[key] = reason = _trial.fault(kernels.trial, device, dtype)
+            if reason is not None:
+                message = f"the GPU kernels are not used for {dtype}: {reason}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return _faults[key]
 
 
-def _triton_why_not(tensor: Tensor, *others: Tensor) -> str | None:
+def _triton_why_not(kernels: ModuleType, tensor: Tensor, *others: Tensor) -> str | None:
     if transformed := why_not_transformed(tensor, *others):
         return transformed
     on_gpu = tensor.device.type in ("cuda", "xpu")
     if not on_gpu and not INTERPRETED:
         return _triton_reason() or f"the GPU kernels take no tensors on {tensor.device.type}"
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the GPU kernels compute in float32, which is too narrow for {tensor.dtype}"
+    dtype = dtype_of_kernels(tensor)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the GPU kernels compute in float32, which is too narrow for {dtype}"
     reason = _triton_reason()
-    return _triton_fault(tensor.device, tensor.dtype) if on_gpu and reason is None else reason
+    if reason is None and on_gpu and hasattr(kernels, "trial"):
+        return _triton_fault(kernels, tensor.device, dtype)
+    return reason

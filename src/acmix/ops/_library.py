@@ -126,9 +126,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def dtype_of_kernels(tensor: Tensor) -> torch.dtype:
+    """In which the operators take a tensor: that of autocast where it is on; float64 stays."""
+    dtype = autocast_dtype(tensor.device)
+    return tensor.dtype if dtype is None or tensor.dtype == torch.float64 else dtype
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of autocast where that is on; float64 stays as it is."""
-    dtype = autocast_dtype(tensors[0].device)
-    if dtype is None:
+    """The tensors in the dtype of autocast where that is on."""
+    if autocast_dtype(tensors[0].device) is None:
         return tensors
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype_of_kernels(t)) for t in tensors)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from acmix.ops._library import INTERPRETED
 
@@ -130,8 +131,10 @@ def padded_channels(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def precision() -> str:
-    """Of float32 products: the user's choice for every other matrix product."""
+def precision(dtype: torch.dtype) -> str:
+    """Of products: of float32 the user's choice for every other matrix product."""
+    if dtype != torch.float32 or torch.version.hip:  # few of AMD's GPUs have TF32
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # from PyTorch 2.9, where reading the other may raise
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -140,12 +143,12 @@ def precision() -> str:
 
 def search(key: Hashable, tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
     """The fastest of the tiles, timed at the first call for a key; a second or two a tile, most of
-    it the compiler's. A tile that asks for more than the GPU has is left out.
+    it the compiler's. A tile that does not compile, or asks for more than the GPU has, is left out.
     """
     if key not in _found:
         times = {}
         for tile in tiles:
-            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+            with contextlib.suppress(TritonError):
                 times[tile] = triton.testing.do_bench(lambda tile=tile: run(tile), 2, 20)
-        _found[key] = min(times, key=lambda tile: times[tile])
+        _found[key] = min(times, key=lambda tile: times[tile], default=tiles[0])
     return _found[key]

@@ -96,6 +96,7 @@ def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> li
     return recorders
 
 
+TF32 = "float32 by TF32 products"
 CASES = [  # head_dim, side, window, stride, dilation; dtype; compute capability
     ((16, 56, 7, 1, 1), torch.bfloat16, 90),
     ((32, 56, 7, 2, 1), torch.bfloat16, 90),
@@ -106,11 +107,32 @@ CASES = [  # head_dim, side, window, stride, dilation; dtype; compute capability
     ((16, 28, 7, 1, 1), torch.float32, 89),
     ((128, 14, 7, 1, 1), torch.float32, 90),
     ((256, 14, 7, 1, 1), torch.float32, 89),
+    ((16, 28, 7, 1, 1), TF32, 89),
+    ((48, 28, 7, 1, 1), TF32, 89),
+    ((128, 14, 7, 1, 1), TF32, 89),
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "capability"), CASES, ids=str)
 def test_attention(
+    case: tuple[int, ...],
+    dtype: torch.dtype | str,
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if dtype == TF32:
+        monkeypatch.setattr(attention, "precision", lambda dtype: "tf32")
+        dtype = torch.float32
+    compile_attention(case, dtype, capability, monkeypatch)
+
+
+@pytest.mark.parametrize("tile", [attention.Tile(4, 4, 128, 4, heads=4)], ids=str)
+def test_several_heads(tile: attention.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "choose_tile", lambda *_: tile)
+    compile_attention((16, 28, 7, 1, 1), torch.bfloat16, 90, monkeypatch)
+
+
+def compile_attention(
     case: tuple[int, ...], dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from acmix.ops import _library
+from acmix.ops import _library, _trial
+from acmix.ops.weighted_aggregation import reference
 
 _library.define(
     "weighted_aggregation",
@@ -35,6 +36,19 @@ def forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) 
     by_weight = v.unflatten(1, (-1, weight.shape[1])).transpose(1, 2)
     out = torch.ops.acmix.weighted_aggregation(weight, by_weight, window, stride, dilation)
     return out.transpose(1, 2).flatten(1, 2)
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest error of a device's kernels on a small map with borders, for the dispatch."""
+
+    def actual(v: Tensor, weight: Tensor) -> Tensor:
+        return forward(weight, v, 3, 1, 1)
+
+    def exact(v: Tensor, weight: Tensor) -> Tensor:
+        return reference.forward(weight, v, 3, 1, 1)
+
+    sizes = [(1, 4, 5, 6), (1, 2, 9, 5, 6)]
+    return _trial.largest_error(actual, exact, sizes, device, dtype)
 
 
 def empty_output(weight: Tensor, v: Tensor) -> Tensor:

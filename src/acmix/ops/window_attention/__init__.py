@@ -73,5 +73,5 @@ def window_attention(
         _checks.check_shape("position", position, (channels // heads, 2))
         _checks.check_device("position", position, "k", k)
     q, k, v = (x.unflatten(1, (heads, channels // heads)) for x in (q, k, v))
-    implementation = choose(backend, IMPLEMENTATIONS, q, k, v)
+    implementation = choose(backend, IMPLEMENTATIONS, q, k, v, head_dim=q.shape[2])
     return implementation.forward(q, k, v, position, window, stride, dilation).flatten(1, 2)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from acmix.ops import _library
+from acmix.ops import _library, _trial
+from acmix.ops.window_attention import reference
 
 _library.define(
     "window_attention",
@@ -54,6 +55,23 @@ def forward(
         factor = q.new_full((), alpha, dtype=torch.float32)
     sizes = window, stride, dilation
     return torch.ops.acmix.window_attention(q, k, v, base, position, factor, *sizes)[0]
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest error of a device's kernels on a small map with borders, for the dispatch."""
+
+    def actual(
+        v: Tensor, q: Tensor, k: Tensor, base: Tensor, position: Tensor, alpha: Tensor
+    ) -> Tensor:
+        return forward(q, k, v, position, 3, 1, 1, base, alpha)
+
+    def exact(
+        v: Tensor, q: Tensor, k: Tensor, base: Tensor, position: Tensor, alpha: Tensor
+    ) -> Tensor:
+        return base + alpha * reference.forward(q, k, v, position, 3, 1, 1)
+
+    sizes = [*[(1, 2, 8, 5, 6)] * 4, (8, 2), ()]
+    return _trial.largest_error(actual, exact, sizes, device, dtype)
 
 
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -541,8 +541,15 @@ def choose_tile(bytes_of_pixel: int, sizes: dict[str, Any]) -> Tile:
         side = 3 * sizes["STRIDE"] + (sizes["WINDOW"] - 1) * sizes["DILATION"] + 1
         keys = min(side, height) * min(side, width)
         warps = {32: 2, 64: 4, 128: 4, 256: 8}[bytes_of_pixel]
-        return Tile(4, 4, 128 if keys <= 128 else 64, warps)
+        # TF32 operands take more room than others of as many bytes.
+        fits = keys <= 128 and (bytes_of_pixel < 256 or sizes["PRECISION"] != "tf32")
+        return Tile(4, 4, 128 if fits else 64, warps)
     return Tile(4, 4, 32 if bytes_of_pixel <= 512 else 16, warps=8)
+
+
+def candidates(bytes_of_pixel: int) -> list[Tile]:
+    """What a search tries: no blocks beyond 32 KiB, over which the compiler takes minutes."""
+    return [t for t in CANDIDATES if max(t.rows * t.columns, t.block) * bytes_of_pixel <= 2**15]
 
 
 def _sizes(
@@ -564,7 +571,7 @@ def _sizes(
         "STRIDE": stride,
         "DILATION": dilation,
         "ONCE": window // 2 * dilation < min(height, width),
-        "PRECISION": precision(),
+        "PRECISION": precision(k.dtype),
     }
 
 
@@ -672,5 +679,5 @@ def _with_tile(run: Callable[[Tile], None], name: str, k: Tensor, sizes: dict[st
     tile = choose_tile(bytes_of_pixel, sizes)
     if SEARCH:
         key = (name, k.device, k.dtype, k.stride(4) == 1, *sizes.values())
-        tile = search(key, [tile, *CANDIDATES], run)
+        tile = search(key, [tile, *candidates(bytes_of_pixel)], run)
     run(tile)
