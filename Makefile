@@ -43,10 +43,11 @@ bench-gpu: ## the same on a GPU: correctness first, then layers, networks, other
 asan: ## the CPU kernel under the address and undefined-behaviour sanitizers
 	sh tests/asan/build.sh build/asan
 
-sanitize-gpu: $(READY) ## the GPU kernels under compute-sanitizer: memory and races
-	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
-	  --tool $$tool --error-exitcode 1 --target-processes all $(BIN)/python -m pytest -x \
-	  tests/ops/triton/test_kernels.py -k 'test_attention or test_aggregation' || exit 1; done
+sanitize-gpu: ## the GPU kernels under compute-sanitizer: memory and races
+	for tool in memcheck racecheck; do PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	  $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -x tests/ops/triton/test_kernels.py \
+	  -k 'test_attention or test_aggregation or head_dim or mix or heads' || exit 1; done
 
 clean: ## remove everything that make made, the environment too
 	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*

@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --only layers          # a part of it
     python benchmarks/gpu.py --only variants        # other tiles of the attention kernels
 
-The kernels are held against the reference first; nothing is timed when that fails. Every part
-writes its rows to results/gpu.csv as it ends, so that a stopped run leaves what it had. Times are
-those of CUDA events, with a cold L2 cache, of a call and of its CUDA graph, which spares launches.
+The kernels are held against the reference first, and each shape before it is timed; what is wrong
+is not timed. Every row is written to results/gpu.csv as it is measured, in place of an older one
+of the same case. Times are those of CUDA events, with a cold L2 cache, of a call and of its CUDA
+graph, which spares launches.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -35,7 +38,7 @@ from torch import Tensor, nn
 import acmix
 from acmix.ops import window_attention
 
-PARTS = ("layers", "roofline", "networks", "rivals", "training")
+PARTS = ("layers", "roofline", "rivals", "networks", "training")
 GOALS = {  # ms of the attention path, forward and with backward; times the convolution
     64: (0.20, 0.8, 4.0),
     128: (0.10, 0.4, 3.5),
@@ -44,6 +47,7 @@ GOALS = {  # ms of the attention path, forward and with backward; times the conv
 }
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
 HEADS, WINDOW = 4, 7
+STRIDED = [(128, 56), (256, 28), (512, 14)]  # ResNet-50's
 PAIRS = [("resnet50", "resnet50_acmix"), ("swin_tiny_patch4_window7_224", "swin_tiny_acmix")]
 RUNS = ("forward", "forward+backward")
 FIELDS = (
@@ -51,6 +55,9 @@ FIELDS = (
     *("median_ms", "q25_ms", "q75_ms", "min_ms", "repeats", "peak_mib", "images_per_s", "note"),
     *("date", "commit", "device", "driver", "acmix", "torch", "triton", "timm", "python"),
 )
+CASE = (*FIELDS[:8], "device")
+COMPILING = 90  # seconds that a network may take
+NETWORK_TOLERANCE = 0.1  # of the largest logit, compiled against not: both in bfloat16
 Row = dict[str, Any]
 
 
@@ -58,15 +65,19 @@ class Bench:
     """The machine, the sizes, and the rows measured so far."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.device, self.path = device, args.out / "gpu.csv"
-        self.quick = args.quick
+        self.device, self.quick = device, args.quick
+        self.path = args.out / "gpu.csv"
         self.until = time.monotonic() + 60 * args.minutes
         self.batch = 2 if args.quick else args.batch
-        self.shapes = [(c // 8, s // 7) for c, s in SHAPES] if args.quick else SHAPES
+        self.shapes, self.strided = (
+            [(c // 8, s // 7) for c, s in shapes] if args.quick else shapes
+            for shapes in (SHAPES, STRIDED)
+        )
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.ours = "auto" if device.type == "cpu" else "triton"
         self.origin = provenance(name_of(device)) | versions(device)
         self.rows: list[Row] = []
+        self.older = list(csv.DictReader(self.path.open())) if self.path.exists() else []
 
     def compiled(self, function: Any) -> Any:
         """For the one shape it is called with, whatever was compiled before."""
@@ -78,22 +89,31 @@ class Bench:
         function: Callable[[], object],
         images: int = 0,
         own: list[Tensor] | None = None,
+        seconds: float = 0,
+        check: Callable[[], str | None] | None = None,
         **case: Any,
     ) -> Row:
         """Time a case, and its peak memory where its inputs and weights are named, `own`.
 
-        What it raises is its row's note.
+        Not where fewer `seconds` are left, nor where `check` finds a fault. What it raises is its
+        row's note.
         """
         row: Row = {"dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch, **case}
-        if time.monotonic() > self.until:
+        if time.monotonic() + seconds > self.until:
             row["note"] = "not run: out of time"
         else:
             try:
-                row |= self.measured(function, images, own)
+                wrong = check() if check else None
+                row |= {"note": wrong} if wrong else self.measured(function, images, own)
             except Exception as error:  # out of memory, a compiler's: the others go on
+                traceback.print_exc()
                 row["note"] = gpu_check.line_of(error)
-        self.rows.append({**row, **self.origin})
+        self.add(row)
         return row
+
+    def add(self, row: Row) -> None:
+        self.rows.append({**row, **self.origin})
+        self.write()
 
     def measured(
         self, function: Callable[[], object], images: int, own: list[Tensor] | None
@@ -102,7 +122,8 @@ class Bench:
         function()  # compiles
         span = 5 if self.quick else 1000 if images else 150
         milliseconds = timings(function, self.device, span)
-        quartiles = statistics.quantiles(milliseconds, n=4)
+        several = len(milliseconds) > 1
+        quartiles = statistics.quantiles(milliseconds, n=4) if several else milliseconds * 3
         row = dict(zip(("q25_ms", "median_ms", "q75_ms"), quartiles, strict=True))
         row |= {"min_ms": min(milliseconds), "repeats": len(milliseconds), "peak_mib": peak}
         if images:
@@ -110,11 +131,16 @@ class Bench:
         return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
     def write(self) -> None:
+        """All rows so far, and the older ones of other cases; whole, or as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
+        measured = {case_of(row) for row in self.rows}
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
+            writer.writerows(row for row in self.older if case_of(row) not in measured)
             writer.writerows(self.rows)
+        part.replace(self.path)
 
     def find(self, **case: Any) -> Row | None:
         """The row of a case, None where it was not measured."""
@@ -122,6 +148,10 @@ class Bench:
             if "median_ms" in row and all(row.get(key) == value for key, value in case.items()):
                 return row
         return None
+
+
+def case_of(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name, "")) for name in CASE)
 
 
 def name_of(device: torch.device) -> str:
@@ -147,8 +177,7 @@ def timings(function: Callable[[], object], device: torch.device, span: float) -
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        found = do_bench(function, warmup=25, rep=span, return_mode="all")
-        return found if len(found) > 1 else found * 2
+        return do_bench(function, warmup=25, rep=span, return_mode="all")
     found, end = [], time.perf_counter() + span / 1e3
     while len(found) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
@@ -208,17 +237,24 @@ def train(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], obje
     return lambda: torch.autograd.grad(function(*leaves), wanted, seed)
 
 
-def both(bench: Bench, function: Any, *inputs: Tensor, **case: Any) -> None:
-    """Forward and forward + backward of a subject, called and as a CUDA graph."""
+def both(
+    bench: Bench,
+    function: Any,
+    *inputs: Tensor,
+    check: Callable[[], str | None] | None = None,
+    **case: Any,
+) -> None:
+    """Forward and forward + backward of a subject, called and as a CUDA graph, once checked."""
+    check = cache(check) if check else None
     for run, way in zip(RUNS, (infer, train), strict=True):
 
         def call(way: Any = way) -> Callable[[], object]:
             return way(function, *inputs)
 
-        own = [*inputs, *weights_of(function)]
-        bench.record(lazily(call), own=own, run=run, how="call", **case)
+        own, case = [*inputs, *weights_of(function)], {**case, "run": run, "check": check}
+        bench.record(lazily(call), own=own, how="call", **case)
         if bench.device.type == "cuda":
-            bench.record(lazily(lambda call=call: graph_of(call())), run=run, how="graph", **case)
+            bench.record(lazily(lambda call=call: graph_of(call())), how="graph", **case)
 
 
 def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
@@ -255,16 +291,34 @@ def layers(bench: Bench) -> None:
         case = {"part": "layers", "channels": channels, "size": size}
         [x] = maps(bench, channels, size, 1)
         kind = {"device": bench.device, "dtype": bench.dtype}
-        conv = nn.Conv2d(channels, channels, 3, padding=1, **kind).to(
+        # Without a bias, as in a ResNet: cuDNN would add it in a pass of its own.
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **kind).to(
             memory_format=torch.channels_last
         )
         both(bench, conv, x, subject="conv3x3", **case)
         layer = acmix.ACmix2d(channels, channels, heads=HEADS, backend=bench.ours, **kind)
-        both(bench, layer, x, subject="ACmix2d", **case)
+        both(bench, layer, x, subject="ACmix2d", check=layer_check(bench, channels, size), **case)
         qkv = maps(bench, channels, size, 3)
         inputs = (*qkv, position_of(channels, x))
-        both(bench, partial(attention, backend=bench.ours), *inputs, subject="attention", **case)
+        check = attention_check(bench, inputs)
+        ours = partial(attention, backend=bench.ours)
+        both(bench, ours, *inputs, subject="attention", check=check, **case)
     show_layers(bench)
+
+
+def layer_check(
+    bench: Bench, channels: int, size: int, stride: int = 1
+) -> Callable[[], str | None]:
+    """Of two images: the kernels are specialised to a shape, not to the batch."""
+    few = (2, channels, size, size)
+    arguments = {"heads": HEADS, "stride": stride}
+    return lambda: gpu_check.layer_fault(few, arguments, bench.device, bench.ours, bench.dtype)
+
+
+def attention_check(bench: Bench, inputs: tuple[Tensor, ...]) -> Callable[[], str | None]:
+    few = [*(x[:2] for x in inputs[:3]), inputs[3]]
+    name = f"attention {tuple(few[0].shape)}"
+    return lambda: gpu_check.fault(name, attention, few, {}, bench.ours, bench.dtype)
 
 
 def rivals(bench: Bench) -> None:
@@ -309,42 +363,69 @@ def flex(bench: Bench, size: int) -> Callable[..., Tensor]:
 
 
 def networks(bench: Bench) -> None:
-    """Images/s of ACmix networks and of those whose operator they replace."""
-    for name in (name for pair in pairs_of(bench) for name in pair):
-        net, x, case = network(bench, name)
+    """Images/s of ACmix networks and of those whose operator they replace, called and compiled."""
+    strided = cache(partial(strided_fault, bench))
+    for name in names_of(bench):
+        net, x, case = network(bench, name, strided)
         own = [x, *weights_of(net)]
         step = training_step(net, x)
         bench.record(step, bench.batch, own, run="training", how="call", **case)
         net, x = net.to(bench.dtype).eval(), x.to(bench.dtype)
         own = [x, *weights_of(net)]
         bench.record(infer(net, x), bench.batch, own, run="inference", how="call", **case)
-        fast = infer(bench.compiled(net), x)
+        del net, x, own, step
+    show_networks(bench, [("inference", "call"), ("training", "call")])
+    for name in names_of(bench):
+        net, x, case = network(bench, name)
+        net, x = net.to(bench.dtype).eval(), x.to(bench.dtype)
+        own, fast = [x, *weights_of(net)], infer(bench.compiled(net), x)
+        case |= {"seconds": COMPILING, "check": partial(differing, fast, infer(net, x))}
         bench.record(fast, bench.batch, own, run="inference", how="compiled", **case)
-        del net, x, own, step, fast
-    show_networks(bench, [("inference", "compiled"), ("inference", "call"), ("training", "call")])
+        del net, x, own, fast, case
+    show_networks(bench, [("inference", "compiled")])
 
 
 def training(bench: Bench) -> None:
     """The training step compiled, last because its compilation takes minutes."""
-    for name in (name for pair in pairs_of(bench) for name in pair):
+    for name in names_of(bench):
         net, x, case = network(bench, name)
         step, own = training_step(bench.compiled(net), x), [x, *weights_of(net)]
+        case["seconds"] = COMPILING
         bench.record(step, bench.batch, own, run="training", how="compiled", **case)
         del net, x, own, step
     show_networks(bench, [("training", "compiled")])
+
+
+def strided_fault(bench: Bench) -> str | None:
+    """Of the layers of a ResNet that no other part checks."""
+    checks = (layer_check(bench, *shape, stride=2) for shape in bench.strided)
+    return next(filter(None, (check() for check in checks)), None)
+
+
+def differing(actual: Callable[[], object], expected: Callable[[], object]) -> str | None:
+    error = gpu_check.worst([actual()], [expected()])
+    return None if error <= NETWORK_TOLERANCE else f"error {error:.1e} of the largest logit"
+
+
+def names_of(bench: Bench) -> list[str]:
+    return [name for pair in pairs_of(bench) for name in pair]
 
 
 def pairs_of(bench: Bench) -> list[tuple[str, str]]:
     return [("resnet26_conv", "resnet26_acmix")] if bench.quick else PAIRS
 
 
-def network(bench: Bench, name: str) -> tuple[nn.Module, Tensor, Row]:
-    """A network, its images, and the columns of its rows."""
+def network(
+    bench: Bench, name: str, strided: Callable[[], str | None] | None = None
+) -> tuple[nn.Module, Tensor, Row]:
+    """A network, its images, and the columns of its rows, with the check of its layers."""
     torch.manual_seed(0)
     size = 32 if bench.quick else 224
     net = timm.create_model(name).to(bench.device, memory_format=torch.channels_last)
     x = torch.randn(bench.batch, 3, size, size, device=bench.device)
-    case = {"part": "networks", "subject": name, "size": size}
+    case: Row = {"part": "networks", "subject": name, "size": size}
+    if any(isinstance(module, acmix.ACmix2d) for module in net.modules()):
+        case["check"] = strided
     return net, x.to(memory_format=torch.channels_last), case
 
 
@@ -404,17 +485,15 @@ def variants(bench: Bench) -> None:
     for channels, size in bench.shapes:
         qkv = maps(bench, channels, size, 3)
         inputs = (*qkv, position_of(channels, qkv[0]))
-        few = [*(x[:2] for x in qkv), inputs[3]]
-        for tile in [None, *kernels.CANDIDATES]:
-            kernels.choose_tile = chosen if tile is None else lambda *_, tile=tile: tile
+        padded = kernels.padded_channels(channels // HEADS)
+        for tile in [None, *kernels.candidates(padded * qkv[0].element_size())]:
             case: Row = {"part": "variants", "channels": channels, "size": size}
-            case["subject"] = str(tile or "chosen")
-            wrong = gpu_check.fault(case["subject"], attention, few, {}, bench.ours, bench.dtype)
-            if wrong:
-                bench.rows.append({**case, "note": wrong, **bench.origin})
-            else:
+            case |= {"subject": str(tile or "chosen"), "check": attention_check(bench, inputs)}
+            try:
+                kernels.choose_tile = chosen if tile is None else lambda *_, tile=tile: tile
                 both(bench, partial(attention, backend=bench.ours), *inputs, **case)
-    kernels.choose_tile = chosen
+            finally:
+                kernels.choose_tile = chosen
     for channels, size in bench.shapes:
         for run in RUNS:
             tiles = dict.fromkeys(r["subject"] for r in bench.rows if r["part"] == "variants")
@@ -489,7 +568,9 @@ def show_networks(bench: Bench, ways: list[tuple[str, str]]) -> None:
             memory = f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else "-"
             lines.append([ours, run, how, f"{old:.0f}", f"{new:.0f}", f"{new / old:.2f}", memory])
     heads = ("network", "run", "how", "baseline, images/s", "ours", "ratio", "memory ratio")
-    print_table("Networks (goals: inference 0.75 and 0.9, training 0.6 and 0.9)", heads, lines)
+    goals = "inference 0.75 and 0.9, training 0.6 and 0.9, memory of ResNet's training 1.6"
+    authors = "the authors' ACmix-ResNet-50 on an H200: 316 and 151 images/s"
+    print_table(f"Networks (goals: {goals}; {authors})", heads, lines)
 
 
 def print_table(title: str, heads: tuple[str, ...], lines: list[list[str]]) -> None:
@@ -503,6 +584,9 @@ def print_table(title: str, heads: tuple[str, ...], lines: list[list[str]]) -> N
 
 def draw(bench: Bench) -> None:
     """Layer and attention path over the convolution, by shape."""
+    if not bench.find(part="layers", subject="conv3x3"):
+        print("no layer was timed: no figure")
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -518,7 +602,8 @@ def draw(bench: Bench) -> None:
                 heights.append(a / c if a and c else 0.0)
             places = [i + 0.36 * (offset - 0.5) for i in range(len(heights))]
             bars = panel.bar(places, heights, 0.34, color=colour, label=subject)
-            panel.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
+            labels = [f"{h:.2f}" if h else "not run" for h in heights]
+            panel.bar_label(bars, labels, fontsize=8, padding=2)
         panel.axhline(1, color="black", linewidth=0.9)
         panel.set_xticks(range(len(bench.shapes)), [f"C={c}\n{s}x{s}" for c, s in bench.shapes])
         panel.set_title(run, fontsize=10)
@@ -543,27 +628,33 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs at all")
     args = parser.parse_args()
+    if args.quick and args.out == HERE / "results":
+        parser.error("--quick: expected --out FOLDER with it, since its rows are no results")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print('make bench-gpu: no GPU found; what it measures reads "not run"', file=sys.stderr)
         return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     bench = Bench(args, device)
-    wrong = list(gpu_check.faults(device, bench.ours))
-    if wrong:
-        print("\n".join([*wrong, "the kernels are wrong here: nothing is timed"]), file=sys.stderr)
+    wrong = gpu_check.faults(device, bench.ours)
+    for line in chain.from_iterable(wrong.values()):
+        print(line, file=sys.stderr)
+    if wrong[bench.dtype]:
+        print("the kernels are wrong here: nothing is timed", file=sys.stderr)
         return 1
-    print(f"{bench.origin['device']}: outputs and gradients agree with the reference")
+    agreed = ", ".join(str(dtype) for dtype, faults in wrong.items() if not faults)
+    print(f"{bench.origin['device']}: agrees with the reference in {agreed}", flush=True)
     for part in args.only:
         try:
             globals()[part](bench)
         except Exception as error:  # before or between its cases
-            bench.rows.append({"part": part, "note": gpu_check.line_of(error), **bench.origin})
-            print(f"{part}: {gpu_check.line_of(error)}", file=sys.stderr)
-        bench.write()
+            traceback.print_exc()
+            bench.add({"part": part, "note": gpu_check.line_of(error)})
     draw(bench)
     print(f"wrote {bench.path}")
-    return 0
+    return 1 if any(wrong.values()) else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,17 +36,23 @@ LAYERS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-def faults(device: torch.device, backend: str) -> Iterator[str]:
-    """A line for each case whose output or gradients are off, or that fails."""
+def faults(device: torch.device, backend: str) -> dict[torch.dtype, list[str]]:
+    """For each dtype a line for each case whose output or gradients are off, or that fails."""
+    tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # as products are; else convolutions are off by 1e-3
-    for dtype in TOLERANCE:
-        found = [fault(*case, backend, dtype) for case in cases(device)]
-        found += [
-            layer_fault(size, arguments, device, backend, dtype) for size, arguments in LAYERS
-        ]
-        yield from filter(None, found)
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 60 * 2**30:
-        yield from beyond_32_bits(device, backend)
+    try:
+        found = {dtype: faults_in(dtype, device, backend) for dtype in TOLERANCE}
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    if device.type == "cuda":
+        found[torch.bfloat16] += beyond_32_bits(device, backend)
+    return found
+
+
+def faults_in(dtype: torch.dtype, device: torch.device, backend: str) -> list[str]:
+    found = [fault(*case, backend, dtype) for case in cases(device)]
+    found += [layer_fault(size, arguments, device, backend, dtype) for size, arguments in LAYERS]
+    return [line for line in found if line]
 
 
 def fault(
@@ -70,6 +77,7 @@ def judged(name: str, error: Callable[[], float], dtype: torch.dtype) -> str | N
     try:
         found = error()
     except Exception as raised:
+        traceback.print_exc()
         return f"{name}: {line_of(raised)}"
     return None if found <= TOLERANCE[dtype] else f"{name}: error {found:.1e}"
 
@@ -150,17 +158,34 @@ def worst(actual: list[Tensor], exact: list[Tensor]) -> float:
     return max(errors, key=lambda error: (error != error, error))  # NaN is the worst
 
 
-def beyond_32_bits(device: torch.device, backend: str) -> Iterator[str]:
-    """A batch whose tensors exceed 2^31 elements: output and gradients, image by image alike."""
-    one = torch.randn(4, 1, 64, 56, 56, device=device, dtype=torch.bfloat16)
+def beyond_32_bits(device: torch.device, backend: str) -> list[str]:
+    """Batches whose tensors exceed 2^31 elements: output and gradients, image by image alike."""
+    free = torch.cuda.mem_get_info(device)[0]
+    if free < 60 * 2**30:
+        print(f"not run for want of memory ({free / 2**30:.0f} GiB free): more than 2^31 elements")
+        return []
+    like = {"device": device, "dtype": torch.bfloat16}
+    attend = partial(window_attention, heads=4, backend=backend)
+    aggregate = partial(weighted_aggregation, window=3, backend=backend)
+    maps, weights = torch.randn(3, 64, 56, 56, **like), torch.randn(32, 9, 56, 56, **like)
+    cases = (("attention", attend, maps), ("aggregation", aggregate, (weights, maps[0])))
+    return [
+        f"{name} of more than 2^31 elements: {wrong}"
+        for name, function, one in cases
+        if (wrong := unlike(function, [x[None] for x in one]))
+    ]
+
+
+def unlike(function: Callable[..., Tensor], one: list[Tensor]) -> str | None:
+    """What differs between the images of a batch of one image again and again."""
     batch = 2**31 // one[0].numel() + 2
-    q, k, v = (x.expand(batch, -1, -1, -1).contiguous().requires_grad_() for x in one[:3])
     try:
-        out = window_attention(q, k, v, heads=4, backend=backend)
-        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), one[3].expand_as(out))]
+        leaves = [x.repeat(batch, *[1] * (x.dim() - 1)).requires_grad_() for x in one]
+        out = function(*leaves)
+        seed = torch.randn_like(out[:1]).expand_as(out)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, seed)]
+        same = [all(torch.equal(x[0], x[i]) for i in (batch // 2, -1)) for x in found]
     except Exception as raised:
-        yield f"attention of {q.numel():,} elements: {line_of(raised)}"
-        return
-    for name, x in zip(("output", "grad_q", "grad_k", "grad_v"), found, strict=True):
-        if not all(torch.equal(x[0], x[i]) for i in (batch // 2, -1)):
-            yield f"attention of {q.numel():,} elements: the last images' {name} is off"
+        traceback.print_exc()
+        return line_of(raised)
+    return None if all(same) else f"equal are, of output and gradients, {same}"

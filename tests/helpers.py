@@ -8,6 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from acmix.ops._library import INTERPRETED
+
+# Of what may run on a GPU; in Triton's interpreter that is the CPU.
+DEVICE = torch.device("cpu")
+if not INTERPRETED:
+    DEVICE = torch.accelerator.current_accelerator(check_available=True) or DEVICE
+
 # Largest error relative to the largest magnitude of the expected tensor, or to 0.1 where that is
 # larger: a gradient that is zero comes out as the rounding of its terms, which are of order 1.
 TOLERANCE = {

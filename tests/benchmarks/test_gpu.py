@@ -47,6 +47,7 @@ def test_what_would_start_too_late_is_not_run(gpu, monkeypatch, tmp_path):
     assert run(gpu, monkeypatch, *late) == 0
     notes = {row["note"] for row in csv.DictReader((tmp_path / "gpu.csv").open())}
     assert notes == {"not run: out of time"}
+    assert not (tmp_path / "gpu.png").exists()
 
 
 def test_what_fails_is_a_row_that_says_why(gpu, monkeypatch, tmp_path):
@@ -63,7 +64,7 @@ def test_what_fails_is_a_row_that_says_why(gpu, monkeypatch, tmp_path):
 
 
 def test_every_tile_is_checked_and_timed(gpu, monkeypatch, tmp_path, capsys):
-    tiles = pytest.importorskip("acmix.ops.window_attention.triton").CANDIDATES
+    tiles = pytest.importorskip("acmix.ops.window_attention.triton").candidates(64)
     quick = ("--device", "cpu", "--quick", "--only", "variants", "--out", tmp_path)
     assert run(gpu, monkeypatch, *quick) == 0
     rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
@@ -73,12 +74,71 @@ def test_every_tile_is_checked_and_timed(gpu, monkeypatch, tmp_path, capsys):
 
 def test_a_wrong_tile_is_not_timed(gpu, monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: [])
+    monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: {torch.float32: []})
     monkeypatch.setattr(gpu.gpu_check, "TOLERANCE", {torch.float32: 0.0})
     quick = ("--device", "cpu", "--quick", "--only", "variants", "--out", tmp_path)
     assert run(gpu, monkeypatch, *quick) == 0
     rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
     assert all("error" in row["note"] and not row["median_ms"] for row in rows)
+
+
+def test_a_kernel_wrong_at_a_shape_is_not_timed_there(gpu, monkeypatch, tmp_path, capsys):
+    """Nor a network whose layers are; what it is compared with is timed."""
+
+    def wrong_at(channels):
+        honest = gpu.gpu_check.worst
+
+        def worst(actual, exact):
+            return 1.0 if actual[0].shape[1] == channels else honest(actual, exact)
+
+        return worst
+
+    [first, *_], [strided, *_] = gpu.SHAPES, gpu.STRIDED
+    assert first[0] != strided[0]
+    for part, channels, wrong in (
+        ("layers", first[0] // 8, {"ACmix2d", "attention"}),
+        ("networks", strided[0] // 8, {"resnet26_acmix"}),
+    ):
+        monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: {torch.float32: []})
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu.gpu_check, "worst", wrong_at(channels))
+            options = ("--device", "cpu", "--quick", "--only", part, "--out", tmp_path / part)
+            assert run(gpu, monkeypatch, *options) == 0
+        rows = list(csv.DictReader((tmp_path / part / "gpu.csv").open()))
+        assert {row["subject"] for row in rows if "error" in row["note"]} == wrong
+        assert all(bool(row["median_ms"]) != ("error" in row["note"]) for row in rows)
+        assert any(row["median_ms"] for row in rows)
+    assert (tmp_path / "layers/gpu.png").exists()
+    assert not (tmp_path / "networks/gpu.png").exists()
+    assert "no layer was timed: no figure" in capsys.readouterr().out
+
+
+def test_wrong_in_another_dtype_is_said(gpu, monkeypatch, tmp_path, capsys):
+    found = {torch.float32: [], torch.float16: ["attention: error 1.0"]}
+    monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: found)
+    quick = ("--device", "cpu", "--quick", "--only", "roofline", "--out", tmp_path)
+    assert run(gpu, monkeypatch, *quick) == 1
+    told = capsys.readouterr()
+    assert "attention: error 1.0" in told.err
+    assert "agrees with the reference in torch.float32\n" in told.out
+    assert len(list(csv.DictReader((tmp_path / "gpu.csv").open()))) == 2
+
+
+def test_rows_are_kept(gpu, monkeypatch, tmp_path):
+    """Those of other cases that were measured before, and all before a kill."""
+    monkeypatch.setattr(gpu.gpu_check, "faults", lambda *_: {torch.float32: []})
+    quick = ("--device", "cpu", "--quick", "--out", tmp_path, "--only")
+    for _ in range(2):
+        assert run(gpu, monkeypatch, *quick, "roofline") == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(gpu, monkeypatch, *quick, "layers")
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert [row["subject"] for row in rows] == ["copy", "matrix product", "conv3x3"]
 
 
 def test_a_wrong_kernel_is_not_timed(gpu, monkeypatch, tmp_path, capsys):

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close
+from helpers import DEVICE, TOLERANCE, assert_all_close
 from torch import Tensor, nn
 
 from acmix import ACmix2d, ops
 from acmix.layers import PatchwiseACmix, ReducedACmix, WindowACmix
 
 MAP = (2, 8, 5, 6)
-REDUCED = ReducedACmix(8, heads=2)
+REDUCED = ReducedACmix(8, heads=2).to(DEVICE)
 CASES: dict[str, tuple[nn.Module | Callable[..., Tensor], tuple[int, ...]]] = {
     "ACmix2d": (ACmix2d(8, 8, heads=2), MAP),
     "attention": (ACmix2d(8, 8, heads=2, mix="attention"), MAP),
@@ -32,7 +32,9 @@ CASES: dict[str, tuple[nn.Module | Callable[..., Tensor], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_in_place(name: str, memory_format: torch.memory_format) -> None:
     layer, shape = CASES[name]
-    x = torch.randn(shape)
+    if isinstance(layer, nn.Module):
+        layer = layer.to(DEVICE)
+    x = torch.randn(shape, device=DEVICE)
     if x.dim() == 4:
         x = x.to(memory_format=memory_format)
     results = []

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import TOLERANCE, as_function, assert_all_close, outputs_and_gradients
+from helpers import DEVICE, TOLERANCE, as_function, assert_all_close, outputs_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,7 +23,6 @@ from acmix.ops.weighted_aggregation import triton as aggregation_kernels
 from acmix.ops.window_attention import _fused, reference
 from acmix.ops.window_attention import triton as kernels
 
-DEVICE = (not INTERPRETED and torch.accelerator.current_accelerator()) or torch.device("cpu")
 # The interpreter is slow, and its products of bfloat16 are wrong.
 HALF = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, *HALF]
@@ -450,23 +449,25 @@ def test_autocast() -> None:
 
 
 @on_gpu
-def test_more_than_2_to_31_elements() -> None:
+@pytest.mark.parametrize("operator", ["attention", "aggregation"])
+def test_more_than_2_to_31_elements(operator: str) -> None:
     """The last image of a batch of more than 2^31 elements is right."""
-    size, channels = 64, 64
-    batch = 2**31 // (size * size * channels) + 2
-    needed = 9 * batch * size * size * channels * 2  # q, k, v, out, their gradients and room
+    size, dtype = 64, torch.bfloat16
+    maps = [(64, size, size)] * (3 if operator == "attention" else 1)
+    weights = [(64, 9, size, size)] if operator == "aggregation" else []
+    shapes = [*weights, *maps]
+    batch = 2**31 // math.prod(shapes[0]) + 2
+    needed = 6 * batch * sum(map(math.prod, shapes))  # tensors, gradients and room, 2 bytes each
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
-    shape = (size, size, 3, 1, 1)
-    tensor = torch.empty(batch, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
-    q, k, v = (tensor.normal_().clone().requires_grad_() for _ in range(3))
-    del tensor
-    run = attention(shape)
-    out = run(q, k, v)
-    out.backward(torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out))
-    last = [x.detach()[-1:].clone().requires_grad_() for x in (q, k, v)]
+    run = (attention if operator == "attention" else aggregation)((size, size, 3, 1, 1))
+    tensors = [torch.randn(batch, *shape, device=DEVICE, dtype=dtype) for shape in shapes]
+    tensors = [x.requires_grad_() for x in tensors]
+    out = run(*tensors)
+    out.backward(torch.ones((), device=DEVICE, dtype=dtype).expand_as(out))
+    last = [x.detach()[-1:].clone().requires_grad_() for x in tensors]
     expected = run(*last)
     expected.backward(torch.ones_like(expected))
     assert torch.equal(out[-1:], expected)
-    for whole, alone in zip((q, k, v), last, strict=True):
+    for whole, alone in zip(tensors, last, strict=True):
         assert torch.equal(whole.grad[-1:], alone.grad)

@@ -2,8 +2,9 @@
 
 A program takes a tile of pixels, `GROUP` weights of each and the channels that share them, `EACH`
 at a time, and goes over the taps. There is nothing here for a matrix unit: the bound is the memory,
-where the weights, window^2 a pixel, are the most of it, and each is read once. Sums are in float32;
-the gradient of v is gathered, over the windows that show a pixel, in a fixed order.
+where the weights, window^2 a pixel, are the most of it; each is read once for up to 8 channels,
+those of SAN. Sums are in float32; the gradient of v is gathered, over the windows that show a
+pixel, in a fixed order.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from acmix.ops._triton import least_dilation, load, reflect, store, strides
 from acmix.ops.weighted_aggregation._fused import empty_output
 
-ELEMENTS = 4096  # of a program's block
+ELEMENTS = 1024  # of a program's block
 
 
 @triton.jit
@@ -213,7 +214,7 @@ def _launch(
     group = 16 if filled.stride(1) < filled.stride(4) else 1
     each = min(triton.next_power_of_2(channels), 8)
     columns = 16 if group == 1 else 4
-    rows = max(1, ELEMENTS // (group * each * columns * 4))
+    rows = max(1, ELEMENTS // (group * each * columns))
     programs = triton.cdiv(filled.shape[3], rows) * triton.cdiv(filled.shape[4], columns)
     programs *= batch * triton.cdiv(shared, group)
     kernel[(programs,)](
