@@ -274,13 +274,14 @@ def test_threads_agree_to_the_bit(size: tuple[int, int], stride: int, threads_of
 
 
 def test_mix() -> None:
-    """base + alpha * attention, and every gradient."""
+    """base + bias + alpha * attention, and every gradient."""
     shape = (9, 20, 5, 1, 1)
     q, k, v, position = attention_inputs(shape)
-    inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7)]
+    inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7), torch.randn_like(q[:1])]
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, base: Tensor, alpha: Tensor) -> Tensor:
-        return base + alpha * reference.forward(q, k, v, p, *shape[2:])
+    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        base, alpha, bias = mix
+        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
 
     def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
         return native.forward(q, k, v, p, *shape[2:], *mix)
@@ -441,9 +442,11 @@ def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
     attention = torch.ops.acmix.window_attention.default
     alpha = torch.tensor(0.7, requires_grad=True)
     base = torch.randn(q.shape, requires_grad=True)
-    yield attention, (q, k, v, base, position, alpha, *shape[2:])
-    yield attention, (*last, None, None, None, *shape[2:])
-    out, lse = (x.detach() for x in attention(q, k, v, base, position, alpha, *shape[2:]))
+    bias = torch.randn(q[:1].shape, requires_grad=True)
+    mix = base, bias, position, alpha
+    yield attention, (q, k, v, *mix, *shape[2:])
+    yield attention, (*last, None, None, None, None, *shape[2:])
+    out, lse = (x.detach() for x in attention(q, k, v, *mix, *shape[2:]))
     detached = [x.detach() for x in (out, q, k, v, position, alpha, lse)]
     yield torch.ops.acmix.window_attention_backward.default, (*detached, *shape[2:])
     weight, v = (x.requires_grad_() for x in aggregation_inputs(shape))

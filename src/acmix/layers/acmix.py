@@ -137,11 +137,12 @@ class ACmix2d(nn.Module):
         fc_weight = beta * self.fc_weight
         kernels = self.shift.kernels(like=fc_weight)
         if kernels is not None and backend != "reference" and prefers_dense(x):
-            convolution = self._dense_convolution(x, fc_weight, kernels)
+            convolution, bias = self._dense_convolution(x, fc_weight, kernels)
             if alpha is None:
-                return convolution
+                return folded.with_bias(convolution, bias)
             q, k, v = self._project_for_attention(x)
         else:
+            bias = None
             pieces = self._project(x)
             if backend == "native" and alpha is not None and kernels is not None:
                 return self._stage2(pieces, fc_weight, kernels, alpha)
@@ -150,7 +151,7 @@ class ACmix2d(nn.Module):
                 return convolution
             q, k, v = pieces.chunk(3, 1)
             q = q[..., :: self.stride, :: self.stride]
-        return self._attention(q, k, v, backend, convolution, alpha)
+        return self._attention(q, k, v, backend, convolution, bias, alpha)
 
     def _project(self, x: Tensor) -> Tensor:
         """Stage I: the 3N pieces of x, (B, 3N, d, H, W)."""
@@ -177,9 +178,12 @@ class ACmix2d(nn.Module):
         v: Tensor,
         backend: str,
         convolution: Tensor | None = None,
+        bias: Tensor | None = None,
         alpha: Tensor | float = 1.0,
     ) -> Tensor:
         """Stage II, attention path, and where there is another, their mix: (B, C, Ho, Wo).
+
+        The convolution may lack its `bias`, (1, C, Ho, Wo).
 
         The channels of the two are added as they are, although this one's are head-major and the
         convolution's d-major: released checkpoints depend on it.
@@ -187,11 +191,14 @@ class ACmix2d(nn.Module):
         attend = ATTENTION[backend].forward
         sizes = self.kernel_att, self.stride, self.dilation
         if convolution is not None and backend == "triton":  # whose kernel mixes, too
-            base = convolution.unflatten(1, (self.heads, self.head_dim))
-            return attend(q, k, v, self.position_weight, *sizes, base, alpha).flatten(1, 2)
+            apart = (self.heads, self.head_dim)
+            base = convolution.unflatten(1, apart)
+            bias = None if bias is None else bias.unflatten(1, apart)
+            return attend(q, k, v, self.position_weight, *sizes, base, alpha, bias).flatten(1, 2)
         attention = attend(q, k, v, self.position_weight, *sizes).flatten(1, 2)
         if convolution is None:
             return attention
+        convolution = folded.with_bias(convolution, bias)
         if isinstance(alpha, Tensor):
             return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
         return torch.add(convolution, attention, alpha=alpha)
@@ -223,11 +230,13 @@ class ACmix2d(nn.Module):
             self.dilation,
         )
 
-    def _dense_convolution(self, x: Tensor, fc_weight: Tensor, kernels: Tensor) -> Tensor:
-        """Stage I and the convolution path as one dense convolution of x."""
+    def _dense_convolution(
+        self, x: Tensor, fc_weight: Tensor, kernels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stage I and the convolution path as one dense convolution of x, and its bias."""
         weight = self.qkv_weight.unflatten(0, (self.head_dim, 3 * self.heads)).transpose(0, 1)
         bias = self.qkv_bias.view(self.head_dim, 3 * self.heads).t()
-        return folded.forward_dense(
+        return folded.dense_parts(
             x, weight, bias, fc_weight, kernels, None, self.stride, self.dilation
         )
 

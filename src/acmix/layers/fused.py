@@ -62,6 +62,10 @@ class FusedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The pieces, or what they are projected from -> (B, C, Ho, Wo)."""
+        return folded.with_bias(*self.parts(x))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and its bias (1, C, Ho, Wo)."""
         if self.dense:
             out = folded.convolve(x, self.weight, self.stride, self.dilation, groups=1)
         elif self.fc_weight is not None:
@@ -73,8 +77,8 @@ class FusedConvolution(nn.Module):
             channels = x.transpose(1, 2).flatten(1, 2)
             out = folded.convolve(channels, self.weight, self.stride, self.dilation, x.shape[2])
         if self.taps is None:
-            return out
-        return out + folded.border_bias(self.taps, out, x, self.stride, self.dilation)
+            return out, None
+        return out, folded.border_bias(self.taps, out, x, self.stride, self.dilation)
 
     def extra_repr(self) -> str:
         return (
@@ -121,7 +125,8 @@ class FusedACmix2d(ACmix2d):
         check_input(self, x)
         pieces = self._project(x)
         if self.has_attention:
-            out = self._mixed(pieces, resolve(self.backend, ATTENTION, x, self.qkv_weight))
+            backend = resolve(self.backend, ATTENTION, x, self.qkv_weight, head_dim=self.head_dim)
+            out = self._mixed(pieces, backend)
         else:
             out = self.convolution(pieces)
         return out if self.bias is None else out + self.bias[:, None, None]
@@ -173,9 +178,9 @@ class SplitACmix2d(ACmix2d):
         check_input(self, x)
         if not self.has_attention:
             return self.convolution(x)
-        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight)
-        convolution = self.convolution(x) if self.has_convolution else None
-        return self._attention(*self._project_for_attention(x), backend, convolution)
+        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight, head_dim=self.head_dim)
+        parts = self.convolution.parts(x) if self.has_convolution else ()
+        return self._attention(*self._project_for_attention(x), backend, *parts)
 
     def _project_for_attention(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: head-major, as the weights are; q only where windows are."""

@@ -142,7 +142,8 @@ def compile_attention(
     position, alpha = torch.empty(head_dim, 2), torch.empty(())
     q, k, v = fused
     q = q[..., :: sizes[1], :: sizes[1]]
-    out, lse = attention.forward(q, k, v, torch.empty_like(q), position, alpha, *sizes)
+    base = torch.empty_like(q)
+    out, lse = attention.forward(q, k, v, base, base[:1], position, alpha, *sizes)
     attention.backward(out, q, k, v, position, alpha, lse, *sizes)
     for name, recorder in zip(names, recorders, strict=True):
         shared, spill = recorder.compile(capability)
@@ -157,7 +158,7 @@ def test_all_keys_of_a_window_of_7_in_one_block(
     """So that the query gradient makes the probabilities once."""
     [recorder] = record(monkeypatch, attention, ["_forward_kernel"])
     q, k, v = torch.empty(3, 1, 1, head_dim, 28, 28, dtype=torch.bfloat16)
-    attention.forward(q, k, v, None, None, None, 7, 1, 1)
+    attention.forward(q, k, v, None, None, None, None, 7, 1, 1)
     [call] = recorder.calls
     assert call["HALO_ROWS"] * call["HALO_COLUMNS"] <= call["BLOCK"]
 
@@ -168,7 +169,7 @@ def test_sizes_of_one(side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
     names = ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]
     recorders = record(monkeypatch, attention, names)
     q, k, v = torch.empty(3, 1, 1, 1, *side)
-    out, lse = attention.forward(q, k, v, None, None, None, 3, 1, 1)
+    out, lse = attention.forward(q, k, v, None, None, None, None, 3, 1, 1)
     attention.backward(out, q, k, v, None, None, lse, 3, 1, 1)
     names = ["_forward_kernel", "_weight_gradient_kernel", "_value_gradient_kernel"]
     recorders += record(monkeypatch, aggregation, names)

@@ -159,15 +159,16 @@ def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 6, 3, 1, 1), (9, 13, 5, 1, 2)], ids=named)
 @half_too
 def test_mix(shape: Shape, dtype: torch.dtype) -> None:
-    """base + alpha * attention, and every gradient; once with all keys of a tile in one block and
-    once in several."""
-    *tensors, position = attention_inputs(shape, 8, dtype)
+    """base + bias + alpha * attention, and every gradient; once with all keys of a tile in one
+    block and once in several."""
+    *tensors, position = attention_inputs(shape, 8, dtype, batch=2)
     inputs = [x.unflatten(1, (2, 8)) for x in tensors]
     base = torch.randn_like(inputs[0]).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-    inputs += [position, base, torch.tensor(-0.7, device=DEVICE)]
+    inputs += [position, base, torch.tensor(-0.7, device=DEVICE), torch.randn_like(base[:1])]
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, base: Tensor, alpha: Tensor) -> Tensor:
-        return base + alpha * reference.forward(q, k, v, p, *shape[2:])
+    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        base, alpha, bias = mix
+        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
 
     def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
         return _fused.forward(q, k, v, p, *shape[2:], *mix)
@@ -273,12 +274,14 @@ def test_layer(mix: str, dtype: torch.dtype) -> None:
 
 
 def test_the_layer_mixes_in_the_kernel() -> None:
-    """The mix of the paths is part of the operator: nothing multiplies or adds a map after it."""
+    """The mix of the paths and the convolution's bias are part of the operator: nothing else
+    multiplies or adds a map."""
     layer = ACmix2d(4, 4, heads=2, backend="triton", device=DEVICE)
     with torch.profiler.profile() as profile:
         layer(torch.randn(1, 4, 5, 5, device=DEVICE))
-    names = [event.name for event in profile.events()]
-    assert not {"aten::add", "aten::addcmul"} & set(names[names.index("acmix::window_attention") :])
+    names = {event.name for event in profile.events()}
+    assert "acmix::window_attention" in names
+    assert not {"aten::add", "aten::add_", "aten::addcmul"} & names
 
 
 @pytest.mark.parametrize(("name", "tf32"), [("allow_tf32", True), ("fp32_precision", "tf32")])
@@ -385,9 +388,10 @@ def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
     operator = torch.ops.acmix.window_attention.default
     alpha = torch.tensor(0.7, device=DEVICE, requires_grad=True)
     base = torch.randn_like(q).requires_grad_()
-    yield operator, (q, k, v, base, position.requires_grad_(), alpha, *shape[2:])
-    yield operator, (q, k, v, None, None, None, *shape[2:])
-    out, lse = operator(q, k, v, base, position, alpha, *shape[2:])
+    bias = torch.randn_like(q[:1]).requires_grad_()
+    yield operator, (q, k, v, base, bias, position.requires_grad_(), alpha, *shape[2:])
+    yield operator, (q, k, v, None, None, None, None, *shape[2:])
+    out, lse = operator(q, k, v, base, bias, position, alpha, *shape[2:])
     saved = [x.detach() for x in (out, q, k, v, position, alpha, lse)]
     yield torch.ops.acmix.window_attention_backward.default, (*saved, *shape[2:])
     weight, v = aggregation_inputs(shape)

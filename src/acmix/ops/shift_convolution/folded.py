@@ -8,6 +8,7 @@ convolution of x. The folds are products of small weight tensors and part of the
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,12 @@ def forward(
     return out + border_bias(tap_bias(shift_weight, fc_bias), out, pieces, stride, dilation)
 
 
-def forward_dense(
+def forward_dense(x: Tensor, *arguments: Any) -> Tensor:
+    """The path from x itself, (B, C, Ho, Wo), by the arguments of `dense_parts`."""
+    return with_bias(*dense_parts(x, *arguments))
+
+
+def dense_parts(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -42,13 +48,17 @@ def forward_dense(
     fc_bias: Tensor | None,
     stride: int,
     dilation: int,
-) -> Tensor:
-    """The path from x itself: x (B, C_in, H, W) and the projection to the pieces, weight
-    (J, d, C_in) with bias (J, d), -> (B, C, Ho, Wo)."""
+) -> tuple[Tensor, Tensor | None]:
+    """The path from x (B, C_in, H, W) and the projection to the pieces, weight (J, d, C_in) with
+    bias (J, d): the convolution (B, C, Ho, Wo), and what the biases add to it, (1, C, Ho, Wo)."""
     with without_autocast(x):
         dense, taps = fold_dense(weight, bias, fc_weight, shift_weight, fc_bias)
     out = convolve(x, dense, stride, dilation, groups=1)
-    return out if taps is None else out + border_bias(taps, out, x, stride, dilation)
+    return out, None if taps is None else border_bias(taps, out, x, stride, dilation)
+
+
+def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
 
 
 def fold_fc(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:

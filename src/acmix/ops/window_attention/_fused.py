@@ -1,6 +1,7 @@
 """`torch.ops.acmix.window_attention`: windowed attention as one operator with a kernel a device.
 
-out = base + alpha * attention: the mix of two paths costs no pass over memory of its own.
+out = base + bias + alpha * attention, where the bias is the same for all images: the mix of two
+paths costs no pass over memory of its own, nor does the convolution's bias at the border.
 
 The forward pass keeps the log2-sum-exp2 of every window; the backward pass computes the
 probabilities again from it, so nothing of window^2 times the channels is ever stored, nor the
@@ -20,7 +21,7 @@ from acmix.ops.window_attention import reference
 
 _library.define(
     "window_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? position, Tensor? alpha, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? bias, Tensor? position, Tensor? alpha, "
     "SymInt window, SymInt stride, SymInt dilation) -> (Tensor out, Tensor lse)",
 )
 _library.define(
@@ -29,7 +30,7 @@ _library.define(
     "SymInt window, SymInt stride, SymInt dilation) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_position, Tensor grad_alpha)",
 )
-_library.register_autocast("window_attention", tensors=4)
+_library.register_autocast("window_attention", tensors=5)
 _library.register_gpu("window_attention", "acmix.ops.window_attention.triton", "forward")
 _library.register_gpu("window_attention_backward", "acmix.ops.window_attention.triton", "backward")
 
@@ -44,9 +45,10 @@ def forward(
     dilation: int,
     base: Tensor | None = None,
     alpha: Tensor | float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """q (B, N, d, Ho, Wo), k and v (B, N, d, H, W), position (d, 2) -> (B, N, d, Ho, Wo): base, of
-    that shape, plus the attention times the scalar alpha.
+    that shape, plus bias (1, N, d, Ho, Wo) plus the attention times the scalar alpha.
     """
     factor: Tensor | None = None
     if isinstance(alpha, Tensor):
@@ -54,23 +56,23 @@ def forward(
     elif alpha != 1:
         factor = q.new_full((), alpha, dtype=torch.float32)
     sizes = window, stride, dilation
-    return torch.ops.acmix.window_attention(q, k, v, base, position, factor, *sizes)[0]
+    return torch.ops.acmix.window_attention(q, k, v, base, bias, position, factor, *sizes)[0]
 
 
 def trial(device: torch.device, dtype: torch.dtype) -> float:
     """The largest error of a device's kernels on a small map with borders, for the dispatch."""
 
     def actual(
-        v: Tensor, q: Tensor, k: Tensor, base: Tensor, position: Tensor, alpha: Tensor
+        v: Tensor, q: Tensor, k: Tensor, base: Tensor, bias: Tensor, p: Tensor, alpha: Tensor
     ) -> Tensor:
-        return forward(q, k, v, position, 3, 1, 1, base, alpha)
+        return forward(q, k, v, p, 3, 1, 1, base, alpha, bias)
 
     def exact(
-        v: Tensor, q: Tensor, k: Tensor, base: Tensor, position: Tensor, alpha: Tensor
+        v: Tensor, q: Tensor, k: Tensor, base: Tensor, bias: Tensor, p: Tensor, alpha: Tensor
     ) -> Tensor:
-        return base + alpha * reference.forward(q, k, v, position, 3, 1, 1)
+        return base + bias + alpha * reference.forward(q, k, v, p, 3, 1, 1)
 
-    sizes = [*[(1, 2, 8, 5, 6)] * 4, (8, 2), ()]
+    sizes = [*[(2, 2, 8, 5, 6)] * 4, (1, 2, 8, 5, 6), (8, 2), ()]
     return _trial.largest_error(actual, exact, sizes, device, dtype)
 
 
@@ -101,6 +103,7 @@ def _fake(
     k: Tensor,
     v: Tensor,
     base: Tensor | None,
+    bias: Tensor | None,
     position: Tensor | None,
     alpha: Tensor | None,
     window: int,
@@ -127,9 +130,9 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, base, position, alpha, *ctx.sizes = inputs
+    q, k, v, base, bias, position, alpha, *ctx.sizes = inputs
     _, lse = output
-    ctx.has_base = base is not None
+    ctx.has_base, ctx.has_bias = base is not None, bias is not None
     ctx.save_for_backward(q, k, v, position, alpha, lse)
     ctx.mark_non_differentiable(lse)
 
@@ -142,6 +145,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     return (
         *grads,
         grad_out if ctx.has_base else None,
+        grad_out.sum(0, keepdim=True) if ctx.has_bias else None,
         None if position is None else grad_position,
         None if alpha is None else grad_alpha,
         *[None] * 3,
@@ -158,6 +162,7 @@ def _flops(
     k: Any,
     v: Any,
     base: Any,
+    bias: Any,
     position: Any,
     alpha: Any,
     window: int,

@@ -21,6 +21,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     base: Tensor | None,
+    bias: Tensor | None,
     position: Tensor | None,
     alpha: Tensor | None,
     window: int,
@@ -30,7 +31,10 @@ def _forward(
     out, lse = empty_outputs(q, v)
     sizes = window, stride, dilation
     _native.attention_forward(q, k, v, _floats(position), *sizes, out, lse, _floats(alpha))
-    return out if base is None else out.add_(base), lse
+    for term in (base, bias):
+        if term is not None:
+            out.add_(term)
+    return out, lse
 
 
 @_library.register_cpu("window_attention_backward")

@@ -106,6 +106,7 @@ def _forward_kernel(
     k,
     v,
     base,
+    bias,
     position,
     alpha,
     out,
@@ -114,6 +115,7 @@ def _forward_kernel(
     k_strides,
     v_strides,
     base_strides,
+    bias_strides,
     out_strides,
     scale,
     heads,
@@ -215,6 +217,9 @@ def _forward_kernel(
             sums *= tl.load(alpha).to(tl.float32)
         if base is not None:
             add = load(base, base_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
+            sums += add.to(tl.float32)
+        if bias is not None:
+            add = load(bias, bias_strides, batch, n, c[None, :], qy[:, None], qx[:, None], loaded)
             sums += add.to(tl.float32)
         store(out, out_strides, batch, n, c[None, :], qy[:, None], qx[:, None], sums, loaded)
         map_index = (batch.to(tl.int64) * heads + n) * out_height
@@ -605,6 +610,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     base: Tensor | None,
+    bias: Tensor | None,
     position: Tensor | None,
     alpha: Tensor | None,
     window: int,
@@ -616,12 +622,13 @@ def forward(
     if out.numel() == 0:
         return out, lse
     weight = None if position is None else position.contiguous()
+    bias = None if bias is None else bias.expand(q.shape)
     sizes = _sizes(k, q.shape[3:], window, stride, dilation)
 
     def run(tile: Tile) -> None:
         programs, tiling = _tiling(tile, sizes, of_keys=False)
-        tensors = (q, k, v, base, weight, alpha, out, lse)
-        layouts = map(strides, (q, k, v, base, out))
+        tensors = (q, k, v, base, bias, weight, alpha, out, lse)
+        layouts = map(strides, (q, k, v, base, bias, out))
         _forward_kernel[(programs * len(q),)](*tensors, *layouts, **sizes, **tiling)
 
     _with_tile(run, "forward", k, sizes)
