@@ -579,14 +579,17 @@ def test_no_native(tmp_path: Path) -> None:
         assert b"ACMIX_NO_NATIVE" in wheel.read("acmix/_kernel_missing.txt")
 
 
+SIZES = 3, 1, 1  # window, stride, dilation
 WRONG = {
-    "position": lambda o, x: o.window_attention(x, x, x, None, torch.ones(1, 2), None, 3, 1, 1),
-    "alpha": lambda o, x: o.window_attention(x, x, x, None, None, torch.ones(0), 3, 1, 1),
-    "lse": lambda o, x: o.window_attention_backward(x, x, x, x, None, None, x[0, 0, 0], 3, 1, 1),
+    "position": lambda o, x: o.window_attention(
+        x, x, x, None, None, torch.ones(1, 2), None, *SIZES
+    ),
+    "alpha": lambda o, x: o.window_attention(x, x, x, None, None, None, torch.ones(0), *SIZES),
+    "lse": lambda o, x: o.window_attention_backward(x, x, x, x, None, None, x[0, 0, 0], *SIZES),
     "bias": lambda o, x: o.partition_attention(
         x.repeat(1, 3, 1, 1, 1), x[0, :1, 0], [2, 3], [0, 0]
     ),
-    "dtype": lambda o, x: o.window_attention(*[x.double()] * 3, None, None, None, 3, 1, 1),
+    "dtype": lambda o, x: o.window_attention(*[x.double()] * 3, *[None] * 4, *SIZES),
 }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+SIZES = 3, 1, 1  # window, stride, dilation
 Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
 SMALL: list[Shape] = [
     (1, 1, 1, 1, 1),
@@ -370,6 +372,27 @@ def test_search_is_bounded() -> None:
         assert tiles
         largest = max(max(tile.rows * tile.columns, tile.block) for tile in tiles)
         assert largest * head_dim * size <= 32 * 1024
+
+
+WRONG: dict[str, Callable[[Any, Tensor], object]] = {
+    "v": lambda o, x: o.window_attention(x, x, x[:, :1], *[None] * 4, *SIZES),
+    "q": lambda o, x: o.window_attention(x, x, x, *[None] * 4, 3, 2, 1),
+    "base": lambda o, x: o.window_attention(x, x, x, x[:, :1], *[None] * 3, *SIZES),
+    "position": lambda o, x: o.window_attention(x, x, x, None, None, x[0, 0, 0, :2], None, *SIZES),
+    "alpha": lambda o, x: o.window_attention(x, x, x, *[None] * 3, x[0, 0, 0, 0], *SIZES),
+    "lse": lambda o, x: o.window_attention_backward(*[x] * 4, None, None, x[0, 0, 0], *SIZES),
+    "weight": lambda o, x: o.weighted_aggregation(x, x, *SIZES),
+    "grad_out": lambda o, x: o.weighted_aggregation_backward(
+        x[:, :1], x.new_ones(1, 2, 9, 5, 6), x, *SIZES
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pointer_is_checked_before_it_is_passed_on(name: str) -> None:
+    """An operator may be called by itself, or by a program that was edited."""
+    with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        WRONG[name](torch.ops.acmix, torch.randn(1, 2, 4, 5, 6, device=DEVICE))
 
 
 def test_what_is_refused() -> None:

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix.ops._checks import check_shape
 from acmix.ops._triton import least_dilation, load, reflect, store, strides
+from acmix.ops._windows import output_size
 from acmix.ops.weighted_aggregation._fused import empty_output
 
 ELEMENTS = 1024  # of a program's block
@@ -236,9 +238,18 @@ def _launch(
     )
 
 
+def _check(weight: Tensor, v: Tensor, out: Tensor, window: int, stride: int) -> None:
+    """An operator may be called by itself: ValueError for what does not fit, nothing is read."""
+    batch, shared, channels, *side = v.shape
+    out_side = [output_size(length, stride) for length in side]
+    check_shape("weight", weight, (batch, shared, window**2, *out_side))
+    check_shape("grad_out", out, (batch, shared, channels, *out_side))
+
+
 def forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:
     """The kernel of acmix::weighted_aggregation: (B, Cw, C / Cw, Ho, Wo)."""
     out = empty_output(weight, v)
+    _check(weight, v, out, window, stride)
     if out.numel():
         _launch(_forward_kernel, True, v, out, (window, stride, dilation), weight, v, out)
     return out
@@ -248,6 +259,7 @@ def backward(
     grad_out: Tensor, weight: Tensor, v: Tensor, window: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """The kernel of acmix::weighted_aggregation_backward: the gradients of weight and v."""
+    _check(weight, v, grad_out, window, stride)
     grad_weight, grad_v = torch.empty_like(weight), torch.empty_like(v)
     sizes = (window, stride, dilation)
     if v.numel():

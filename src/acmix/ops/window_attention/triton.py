@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix.ops._checks import check_shape
 from acmix.ops._triton import (
     SEARCH,
     Tile,
@@ -36,6 +37,7 @@ from acmix.ops._triton import (
     times_seen,
     unit,
 )
+from acmix.ops._windows import output_size
 from acmix.ops.window_attention._fused import empty_gradients, empty_outputs
 
 LOG2_E = math.log2(math.e)
@@ -605,6 +607,23 @@ def _tiling(tile: Tile, sizes: dict[str, Any], of_keys: bool) -> tuple[int, dict
     return tiles * triton.cdiv(sizes["heads"], heads), arguments
 
 
+def _check(k: Tensor, stride: int, **tensors: Tensor | None) -> None:
+    """An operator may be called by itself: ValueError for what does not fit, nothing is read."""
+    batch, heads, head_dim, *side = k.shape
+    out_side = [output_size(length, stride) for length in side]
+    by_query = (batch, heads, head_dim, *out_side)
+    shapes = {
+        **dict.fromkeys(("q", "base", "grad_out"), by_query),
+        "v": k.shape,
+        "position": (head_dim, 2),
+        "alpha": (),
+        "lse": (batch, heads, *out_side),
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_shape(name, tensor, shapes[name])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -621,6 +640,7 @@ def forward(
     out, lse = empty_outputs(q, v)
     if out.numel() == 0:
         return out, lse
+    _check(k, stride, q=q, v=v, base=base, position=position, alpha=alpha)
     weight = None if position is None else position.contiguous()
     bias = None if bias is None else bias.expand(q.shape)
     sizes = _sizes(k, q.shape[3:], window, stride, dilation)
@@ -654,6 +674,7 @@ def backward(
         grad_position.zero_()
         grad_alpha.zero_()
         return grads
+    _check(k, stride, q=q, v=v, grad_out=grad_out, position=position, alpha=alpha, lse=lse)
     weight = None if position is None else position.contiguous()
     sizes = _sizes(k, q.shape[3:], window, stride, dilation)
     delta = torch.empty_like(lse)
