@@ -135,6 +135,17 @@ def test_is_the_sum_of_its_paths(
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
+@MAKERS
+def test_one_projection_is_three_convolutions(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of a GPU, which calls none of them."""
+    layer, x = make(), torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    expected = layer(x)
+    monkeypatch.setattr(patchwise_layer, "prefers_dense", lambda x: True)
+    for conv in (layer.conv1, layer.conv2, layer.conv3):
+        monkeypatch.setattr(conv, "forward", None)
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
 @MAKERS
 def test_backends(make, backend: str) -> None:
