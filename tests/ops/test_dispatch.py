@@ -83,7 +83,7 @@ def test_each_operator_and_dtype_is_tried(
 
 def test_heads_of_many_channels(gpu_tensor: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_trial, "fault", lambda *_: None)
-    layer = ACmix2d(1028, 1028, device="cuda")
+    layer = ACmix2d(1028, 1028, mix="attention", device="cuda")
     x = torch.empty(1, 1028, 4, 4, device="cuda")
     assert layer(x).shape == x.shape  # by the portable path
     layer.backend = "triton"
