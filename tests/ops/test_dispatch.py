@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acmix import ACmix2d
 from acmix.ops import _dispatch, _library, _trial
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.weighted_aggregation import IMPLEMENTATIONS as AGGREGATION
@@ -83,12 +82,8 @@ def test_each_operator_and_dtype_is_tried(
 
 def test_heads_of_many_channels(gpu_tensor: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_trial, "fault", lambda *_: None)
-    layer = ACmix2d(1028, 1028, mix="attention", device="cuda")
-    x = torch.empty(1, 1028, 4, 4, device="cuda")
-    assert layer(x).shape == x.shape  # by the portable path
-    layer.backend = "triton"
-    with pytest.raises(ValueError, match=r"cannot run here: .* heads of 256 channels .* got 257"):
-        layer(x)
+    assert _dispatch.resolve("auto", IMPLEMENTATIONS, gpu_tensor, head_dim=256) == "triton"
+    assert _dispatch.resolve("auto", IMPLEMENTATIONS, gpu_tensor, head_dim=257) == "tiled"
 
 
 def test_no_trial_while_a_graph_is_captured(

@@ -395,6 +395,16 @@ def test_a_pointer_is_checked_before_it_is_passed_on(name: str) -> None:
         WRONG[name](torch.ops.acmix, torch.randn(1, 2, 4, 5, 6, device=DEVICE))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_of_many_channels_are_refused(fused: bool) -> None:
+    layer = ACmix2d(514, 514, heads=2, backend="triton", device=DEVICE).eval()
+    layer = acmix.fuse(layer) if fused else layer
+    x = torch.randn(1, 514, 2, 2, device=DEVICE)
+    for function in (layer, lambda x: attention((2, 2, 3, 1, 1))(x, x, x)):
+        with pytest.raises(ValueError, match=r"cannot run here: .* 256 channels at most, got 257"):
+            function(x)
+
+
 def test_what_is_refused() -> None:
     shape = (5, 6, 3, 1, 1)
     q, k, v, _ = (x.double() for x in attention_inputs(shape))
