@@ -117,25 +117,18 @@ def layer_fault(
     dtype: torch.dtype,
 ) -> str | None:
     """The same of the layer, its parameters' gradients among what is compared."""
-    error = partial(layer_error, size, arguments, device, backend, dtype)
+
+    def error() -> float:
+        channels = size[1]
+        layer = acmix.ACmix2d(channels, channels, backend=backend, **arguments).to(device, dtype)
+        exact = acmix.ACmix2d(channels, channels, backend="reference", **arguments).to(device)
+        exact.double().load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
+        x = torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
+        # In half precision sums over all pixels, as alpha's gradient, may cancel to mere noise.
+        compared = None if dtype == torch.float32 else 2
+        return worst(of_layer(layer, x)[:compared], of_layer(exact, x.double())[:compared])
+
     return judged(f"ACmix2d {size} {arguments}, {dtype}", error, dtype)
-
-
-def layer_error(
-    size: tuple[int, ...],
-    arguments: dict[str, Any],
-    device: torch.device,
-    backend: str,
-    dtype: torch.dtype,
-) -> float:
-    channels = size[1]
-    layer = acmix.ACmix2d(channels, channels, backend=backend, **arguments).to(device, dtype)
-    exact = acmix.ACmix2d(channels, channels, backend="reference", **arguments).to(device)
-    exact.double().load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
-    x = torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
-    # In half precision sums over all pixels, as alpha's gradient, may cancel to nothing but noise.
-    compared = None if dtype == torch.float32 else 2
-    return worst(of_layer(layer, x)[:compared], of_layer(exact, x.double())[:compared])
 
 
 def of_layer(layer: nn.Module, x: Tensor) -> list[Tensor]:

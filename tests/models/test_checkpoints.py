@@ -142,6 +142,11 @@ SMALL = {
 small = pytest.mark.parametrize("name", SMALL)
 
 
+def released_weights(name: str) -> dict[str, Tensor]:
+    """Of a small network, as the authors' code saves them."""
+    return formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+
+
 @small
 def test_reads_the_sizes(name: str) -> None:
     arguments = {**SMALL[name], "in_chans": 2}
@@ -166,7 +171,7 @@ def test_other_networks_of_the_paper(name: str) -> None:
 
 @small
 def test_checkpoint_path(name: str, tmp_path: Path) -> None:
-    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    weights = released_weights(name)
     torch.save({"model": weights}, tmp_path / "released.pth")
     model = timm.create_model(name, checkpoint_path=tmp_path / "released.pth", **SMALL[name])
     expected = from_released(weights)
@@ -177,7 +182,7 @@ def test_checkpoint_path(name: str, tmp_path: Path) -> None:
 @small
 def test_pretrained_file(name: str, tmp_path: Path) -> None:
     """timm's way to load pretrained weights, with a head of our own."""
-    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    weights = released_weights(name)
     torch.save(weights, tmp_path / "released.pth")
     model = timm.create_model(
         name,
@@ -196,7 +201,7 @@ def test_pretrained_file(name: str, tmp_path: Path) -> None:
 @small
 def test_pretrained_file_of_a_feature_extractor(name: str, tmp_path: Path) -> None:
     """timm's way again, which converts the names before it takes the network apart."""
-    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    weights = released_weights(name)
     torch.save(weights, tmp_path / "released.pth")
     model = timm.create_model(
         name,
@@ -219,7 +224,7 @@ def test_lists_all_that_does_not_fit(name: str) -> None:
         weights = under("weight/", read("resnet_module_14")[1])
         prefix = ""
     else:
-        weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+        weights = released_weights(name)
         prefix = "layer2.0.conv2." if name.startswith("resnet") else "layers.1.blocks.0.attn."
     weights[f"{prefix}dep_conv.bias"] = torch.zeros(8)
     weights["extra"] = torch.zeros(1)
@@ -242,7 +247,7 @@ def test_lists_all_that_does_not_fit(name: str) -> None:
 @small
 def test_any_missing_key_is_named(name: str) -> None:
     """Also those that the sizes of the network are read from."""
-    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    weights = released_weights(name)
     for key in weights:
         if key.endswith((".num_batches_tracked", "relative_position_index")):
             continue
@@ -263,7 +268,7 @@ ODD = {
 @small
 def test_blames_the_tensor_that_differs(name: str) -> None:
     """In the first operator, where sizes of the network could be read; the others outvote it."""
-    weights = formula_weights(released_shapes(timm.create_model(name, **SMALL[name])), 0.1)
+    weights = released_weights(name)
     prefix, keys = ODD[name]
     for key in keys:
         wrong = weights[prefix + key].repeat_interleave(2, 0).repeat_interleave(2, 1)

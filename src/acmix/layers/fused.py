@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from acmix.layers.acmix import ACmix2d, prefers_dense, project
 from acmix.layers.mix import FixedMix, Weight
-from acmix.layers.patchwise import PairwiseAttention, PatchwiseACmix
+from acmix.layers.patchwise import PairwiseAttention, PatchwiseACmix, joined
 from acmix.layers.reduced import ReducedACmix
 from acmix.layers.window import WindowACmix
 from acmix.ops import _checks
@@ -203,9 +203,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
         start_as(self, layer)
         alpha, beta = layer.mix.weights()
         like = layer.conv1.weight
-        projections: list[Any] = [layer.conv1, layer.conv2, layer.conv3]
-        weight = torch.cat([wide(conv.weight) for conv in projections]).flatten(1)
-        bias = torch.cat([wide(conv.bias) for conv in projections])
+        weight, bias = map(wide, joined(layer.conv1, layer.conv2, layer.conv3))
         factor = product(alpha, scale, bias[-self.out_channels :])
         self.convolution: FusedConvolution | None = None
         if beta is not None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from acmix.ops import _library
 from acmix.ops._windows import output_size
-from acmix.ops.shift_convolution.folded import border_bias, fold_fc, tap_bias, without_autocast
+from acmix.ops.shift_convolution.folded import fold_fc, with_fc_bias, without_autocast
 
 _library.define(
     "shift_convolution",
@@ -41,9 +41,7 @@ def forward(
 ) -> Tensor:
     """pieces (B, J, d, H, W), fc_weight (k^2, J), shift_weight (C, k^2, k, k) -> (B, C, Ho, Wo)."""
     out = convolve(pieces, fc_weight, shift_weight, stride, dilation)
-    if fc_bias is None:
-        return out
-    return out + border_bias(tap_bias(shift_weight, fc_bias), out, pieces, stride, dilation)
+    return with_fc_bias(out, shift_weight, fc_bias, pieces, stride, dilation)
 
 
 def convolve(

@@ -29,6 +29,18 @@ def forward(
     out = convolve(
         pieces.transpose(1, 2).flatten(1, 2), weight, stride, dilation, groups=pieces.shape[2]
     )
+    return with_fc_bias(out, shift_weight, fc_bias, pieces, stride, dilation)
+
+
+def with_fc_bias(
+    out: Tensor,
+    shift_weight: Tensor,
+    fc_bias: Tensor | None,
+    pieces: Tensor,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """The convolution of the pieces and what fc's bias adds to it."""
     if fc_bias is None:
         return out
     return out + border_bias(tap_bias(shift_weight, fc_bias), out, pieces, stride, dilation)
