@@ -9,8 +9,16 @@ os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
 
 import pytest
 import torch
+from helpers import set_form
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["pieces", "dense"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forms of the folded convolution path; that of a GPU, "dense", runs on a CPU too."""
+    set_form(monkeypatch, request.param)
+    return request.param

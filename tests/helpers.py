@@ -1,14 +1,14 @@
 """What several test files share: one table of tolerances, gradients of a random loss, a layer as a
-function, and the two forms of its convolution path."""
+function, and the forms of its convolution path."""
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from acmix.ops._library import INTERPRETED
+from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 
 # Of what may run on a GPU; in Triton's interpreter that is the CPU.
 DEVICE = torch.device("cpu")
@@ -65,13 +65,7 @@ def as_function(layer: nn.Module) -> Callable[..., Tensor]:
     return function
 
 
-def convolution_forms(layers: ModuleType) -> Callable[..., str]:
-    """A fixture: both forms of the folded convolution path of a file's layers, on any device."""
-
-    @pytest.fixture(params=["pieces", "dense"])
-    def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-        dense = request.param == "dense"
-        monkeypatch.setattr(layers, "prefers_dense", lambda x: dense)
-        return request.param
-
-    return form
+def set_form(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Every backend but the reference takes that form, "pieces" or "dense"."""
+    for backend in ("tiled", "native"):
+        monkeypatch.setattr(CONVOLUTION[backend], "dense", lambda x: form == "dense")

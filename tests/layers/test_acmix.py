@@ -12,17 +12,18 @@ from helpers import (
     TOLERANCE,
     as_function,
     assert_all_close,
-    convolution_forms,
     outputs_and_gradients,
     weighted_sum,
 )
 from torch import Tensor, nn
 
-import acmix.layers.acmix as acmix_layer
 from acmix import ACmix2d
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
 from acmix.ops import backends, shift_kernels
+from acmix.ops._project import project
+from acmix.ops.acmix import _plan, tiled
+from acmix.ops.shift_convolution import _path
 
 # Backends other than the definition that can run on this machine.
 FAST = [name for name, reason in backends().items() if reason is None and name != "reference"]
@@ -35,9 +36,6 @@ def make_layer(**arguments: object) -> ACmix2d:
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return layer
-
-
-form = convolution_forms(acmix_layer)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -134,10 +132,10 @@ def test_unused_path_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert "position_weight" not in dict(convolution.named_parameters())
     with monkeypatch.context() as patch:  # to compute the path would raise
-        patch.setitem(acmix_layer.CONVOLUTION, "tiled", None)
+        patch.setattr(_path, "run", None)
         attention(x)
     with monkeypatch.context() as patch:
-        patch.setattr(acmix_layer.ATTENTION["tiled"], "forward", None)
+        patch.setattr(tiled, "_attend", None)
         convolution(x)
 
 
@@ -441,7 +439,7 @@ def test_wrong_inputs(x: object, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_backend_is_refused_before_any_work(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acmix_layer, "project", None)
+    monkeypatch.setattr(_plan, "project", None)
     with pytest.raises(ValueError, match="backend: 'triton' cannot run here: "):
         ACmix2d(8, 8, backend="triton", mix=mix)(torch.ones(1, 8, 5, 5))
 
@@ -471,7 +469,7 @@ def test_every_way_to_project(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = outputs_and_gradients(acmix_layer.project, (x, weight, bias))
+        got = outputs_and_gradients(project, (x, weight, bias))
     finally:
         torch.set_num_threads(before)
     wanted = outputs_and_gradients(expected, (x, weight, bias))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close
+from helpers import TOLERANCE, assert_all_close, set_form
 from torch import Tensor, nn
 
 from acmix.layers import PairwiseAttention, PatchwiseACmix
@@ -113,14 +113,9 @@ def test_is_the_equation(make, size: tuple[int, int]) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["of pieces", "dense"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_is_the_sum_of_its_paths(
-    mix: str, shift: str, dense: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The form of a GPU, one dense convolution, runs on a CPU too."""
-    monkeypatch.setattr(patchwise_layer, "prefers_dense", lambda x: dense)
+def test_is_the_sum_of_its_paths(mix: str, shift: str, form: str) -> None:
     layer = make_layer(mix=mix, shift=shift, kernel_att=3)
     x = torch.randn(2, 8, 4, 5, dtype=torch.float64)
     alpha, beta = layer.mix.weights()
@@ -140,7 +135,8 @@ def test_one_projection_is_three_convolutions(make, monkeypatch: pytest.MonkeyPa
     """The form of a GPU, which calls none of them."""
     layer, x = make(), torch.randn(2, 8, 4, 5, dtype=torch.float64)
     expected = layer(x)
-    monkeypatch.setattr(patchwise_layer, "prefers_dense", lambda x: True)
+    monkeypatch.setattr(patchwise_layer, "one_for_all", lambda x: True)
+    set_form(monkeypatch, "dense")
     for conv in (layer.conv1, layer.conv2, layer.conv3):
         monkeypatch.setattr(conv, "forward", None)
     torch.testing.assert_close(layer(x), expected)

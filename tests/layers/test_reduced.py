@@ -6,7 +6,6 @@ from helpers import TOLERANCE, assert_all_close
 from torch import Tensor, nn
 from torch.export import Dim
 
-from acmix.layers import reduced as reduced_layer
 from acmix.layers.mix import MIXES
 from acmix.layers.reduced import ReducedACmix
 from acmix.layers.shift import SHIFTS
@@ -65,7 +64,6 @@ def convolution(layer: ReducedACmix, x: Tensor, size: tuple[int, int]) -> Tensor
     return out.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["of pieces", "dense"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize(
@@ -79,11 +77,8 @@ def test_is_the_sum_of_its_paths(
     size: tuple[int, int],
     reduction: int,
     extra: int,
-    dense: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str,
 ) -> None:
-    """The form of a GPU, dense convolutions, runs on a CPU too."""
-    monkeypatch.setattr(reduced_layer, "prefers_dense", lambda x: dense)
     layer = make_layer(mix=mix, shift=shift, reduction=reduction)
     x = torch.randn(2, extra + size[0] * size[1], 8, dtype=torch.float64)
     alpha, beta = layer.mix.weights()

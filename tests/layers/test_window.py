@@ -10,15 +10,14 @@ from helpers import (
     TOLERANCE,
     as_function,
     assert_all_close,
-    convolution_forms,
     outputs_and_gradients,
+    set_form,
 )
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.export import Dim
 from torch.torch_version import TorchVersion
 
-import acmix.layers.window as window_layer
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
 from acmix.layers.window import WindowACmix
@@ -46,9 +45,6 @@ def make_layer(**arguments: object) -> WindowACmix:
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return layer
-
-
-form = convolution_forms(window_layer)
 
 
 def timm_attention(layer: WindowACmix, x: Tensor) -> Tensor:
@@ -158,8 +154,8 @@ def test_forms_have_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(shift_size=1)
     inputs = [torch.randn(2, 5, 6, 8, dtype=torch.float64), *layer.parameters()]
     results = []
-    for dense in (False, True):
-        monkeypatch.setattr(window_layer, "prefers_dense", lambda x, dense=dense: dense)
+    for form in ("pieces", "dense"):
+        set_form(monkeypatch, form)
         results.append(outputs_and_gradients(as_function(layer), inputs))
     assert_all_close(*results, TOLERANCE[torch.float64])
 

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import set_form
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import acmix.layers.acmix as acmix_layer
-import acmix.layers.window as window_layer
-import acmix.models
 from acmix import ACmix2d
 from acmix.models.checkpoints import Shapes, from_released, is_released, released_shapes
 
@@ -70,9 +68,8 @@ def swin_constants(depths: tuple[int, ...] = (2, 2, 6, 2)) -> Shapes:
 @pytest.fixture(params=["reference", "tiled", "auto", "dense"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend, and both forms of the folded convolution path."""
-    dense = request.param == "dense"
-    monkeypatch.setattr(acmix_layer, "prefers_dense", lambda x: dense)
-    return "tiled" if dense else request.param
+    set_form(monkeypatch, "dense" if request.param == "dense" else "pieces")
+    return "tiled" if request.param == "dense" else request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -117,9 +114,7 @@ def test_resnet26(wrapped: bool) -> None:
     torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=scale(golden) * 1e-10)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["pieces", "dense"])
-def test_swin_tiny(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_layer, "prefers_dense", lambda x: dense)
+def test_swin_tiny(form: str) -> None:
     metadata, golden = read("swin_t_acmix_224")
     phase = float(metadata["phase"])
     model = timm.create_model("swin_tiny_acmix").double().eval()

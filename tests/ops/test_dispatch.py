@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acmix.ops import _dispatch, _library, _trial
+from acmix.ops import _autocast, _dispatch, _trial
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.weighted_aggregation import IMPLEMENTATIONS as AGGREGATION
 from acmix.ops.window_attention import IMPLEMENTATIONS
@@ -73,7 +73,7 @@ def test_each_operator_and_dtype_is_tried(
         names = list(threads.map(resolve, [IMPLEMENTATIONS, AGGREGATION] * 4))
     assert names == ["triton"] * 8
     # As under torch.autocast, which there is none of without a GPU.
-    monkeypatch.setattr(_library, "autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(_autocast, "autocast_dtype", lambda device: torch.bfloat16)
     assert resolve(IMPLEMENTATIONS) == "triton"
     attention, aggregation = (m["triton"].trial for m in (IMPLEMENTATIONS, AGGREGATION))
     found = [(attention, torch.float32), (aggregation, torch.float32), (attention, torch.bfloat16)]
@@ -107,9 +107,9 @@ def test_the_trial_is_a_constant_to_a_compiler(monkeypatch: pytest.MonkeyPatch) 
 
     @torch.compile(fullgraph=True, backend="eager")
     def traced(x: Tensor) -> Tensor:
-        kernels = IMPLEMENTATIONS["triton"]
-        return x + 1 if _dispatch._triton_fault(kernels, x.device, x.dtype) is None else x
+        trial = IMPLEMENTATIONS["triton"].trial
+        return x + 1 if _dispatch._triton_fault(trial, x.device, x.dtype) is None else x
 
     assert torch.equal(traced(torch.zeros(2)), torch.ones(2))
-    name = IMPLEMENTATIONS["triton"].__name__
-    assert list(_dispatch._faults) == [(name, torch.device("cpu"), torch.float32)]
+    trial = IMPLEMENTATIONS["triton"].trial
+    assert list(_dispatch._faults) == [(trial, torch.device("cpu"), torch.float32)]

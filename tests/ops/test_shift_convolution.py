@@ -89,7 +89,7 @@ def test_tensor_shifts_are_the_shift_kernels(
     pieces, fc, _, fc_bias = make_inputs(size, kernel)
     kernels = shift_kernels(HEAD_DIM * OUT, kernel, dtype=torch.float64)
     expected = reference.forward(pieces, fc, kernels, fc_bias, stride, dilation)
-    actual = reference.forward_tensor_shifts(pieces, fc, OUT, fc_bias, stride, dilation)
+    actual = reference.shift_tensors(pieces, fc, OUT, fc_bias, stride, dilation)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 

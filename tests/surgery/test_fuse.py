@@ -15,7 +15,6 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from acmix.layers import ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
-from acmix.layers import fused as fused_layers
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
 from acmix.models.pvt import ACmixPVT
@@ -152,14 +151,6 @@ def test_fused_twice_is_fused() -> None:
     for path in ("acmix", "pairwise"):
         model = fuse(trained(san(path)))
         assert_same(model, torch.randn(1, 3, 17, 16))
-
-
-@pytest.fixture(params=["pieces", "dense"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The form of a CPU, and that of a GPU, which runs on a CPU too."""
-    if request.param == "dense":
-        monkeypatch.setattr(fused_layers, "prefers_dense", lambda x: True)
-    return request.param
 
 
 @pytest.mark.parametrize("shift", SHIFTS)

@@ -33,7 +33,7 @@ def path(fit: KernelFit, heads: int = HEADS) -> Tensor:
         shifts = shift_kernels(outputs, side, dtype=torch.float64)
     shifts = shifts.repeat_interleave(outputs // len(shifts), 0)
     weight = fit.qkv_weight.unflatten(0, (-1, 3 * heads)).transpose(0, 1)
-    return folded.fold_dense(weight, None, fit.fc_weight, shifts, None)[0]
+    return folded.fold_dense([(weight, None)], fit.fc_weight, shifts, None)[0]
 
 
 def residual(kernel: Tensor, target: Tensor) -> float:
@@ -138,7 +138,7 @@ def test_bias_is_met_away_from_borders(shift: str) -> None:
     shifts = shifts.repeat_interleave(len(kernel) // len(shifts), 0)
     weight = fit.qkv_weight.unflatten(0, (DIM, -1)).transpose(0, 1)
     biases = fit.qkv_bias.unflatten(0, (DIM, -1)).t()
-    _, taps = folded.fold_dense(weight, biases, fit.fc_weight, shifts, None)
+    _, taps = folded.fold_dense([(weight, biases)], fit.fc_weight, shifts, None)
     assert taps is not None
     if sets < HEADS:  # one kernel for the heads, and one bias
         bias = bias.view(DIM, HEADS).mean(1).repeat_interleave(HEADS)

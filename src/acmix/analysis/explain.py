@@ -21,6 +21,7 @@ from acmix.layers.mix import FixedMix
 from acmix.layers.patchwise import PatchwiseACmix
 from acmix.layers.reduced import ReducedACmix
 from acmix.layers.window import WindowACmix
+from acmix.ops.acmix._plan import Sizes, project_pieces, split
 from acmix.ops.partition_attention import reference as partition_attention
 from acmix.ops.window_attention import reference as window_attention
 
@@ -115,11 +116,11 @@ def values_and_attention(layer: nn.Module, *given: Any) -> tuple[Tensor, Tensor]
 
 
 def _windowed(layer: ACmix2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = layer._project(x).chunk(3, 1)
-    v, stride = _leaf(v), layer.stride
-    q = q[..., ::stride, ::stride]
-    window = (layer.kernel_att, stride, layer.dilation)
-    return v, window_attention.forward(q, k, v, layer.position_weight, *window)
+    sizes = Sizes(layer.heads, layer.kernel_att, layer.stride, layer.dilation)
+    pieces = project_pieces(x, layer.qkv_weight, layer.qkv_bias, sizes)
+    q, k, v = split(pieces, sizes.stride)
+    v = _leaf(v)
+    return v, window_attention.forward(q, k, v, layer.position_weight, *sizes.of_attention)
 
 
 def _partitioned(layer: WindowACmix, x: Tensor) -> tuple[Tensor, Tensor]:

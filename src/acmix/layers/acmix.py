@@ -5,30 +5,28 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix.layers.mix import MIXES, ConvexMix, LearnedMix, make_mix
-from acmix.layers.shift import LearnedShift, check_shift, make_shift
-from acmix.ops import _checks
-from acmix.ops._dispatch import BACKENDS, resolve
-from acmix.ops._library import autocast_dtype
-from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
-from acmix.ops.shift_convolution import folded
-from acmix.ops.shift_convolution import reference as unfolded
-from acmix.ops.stage2 import native as stage2
-from acmix.ops.window_attention import IMPLEMENTATIONS as ATTENTION
+from acmix.layers.convolution_path import ConvolutionPath
+from acmix.layers.mix import MIXES
+from acmix.layers.shift import check_shift
+from acmix.ops import _checks, acmix
+from acmix.ops._dispatch import BACKENDS
+from acmix.ops.shift_convolution import Projection
+
+torch.fx.wrap("acmix")  # a trace has the call of the operator, whose sizes it does not know
 
 
-class ACmix2d(nn.Module):
+class ACmix2d(ConvolutionPath):
     """Convolution and self-attention from one set of projections: use it for `nn.Conv2d(c, c, 3)`.
 
     Three 1x1 projections q, k, v of x (Stage I) feed windowed attention and a shift convolution
     (Stage II), and `out = alpha * attention + beta * convolution`. Pan et al., "On the Integration
     of Self-Attention and Convolution", CVPR 2022, Eq. 9.
 
-    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)), any
-    H, W >= 1, in any floating-point dtype and memory format.
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)), or both
+    without B, any H, W >= 1, in any floating-point dtype and memory format.
+    `acmix.ops.acmix` is the layer as a function.
 
     Args:
         in_channels: channels of the input.
@@ -100,16 +98,12 @@ class ACmix2d(nn.Module):
         # v, which is the order of the folded group convolution: no copy on the way to it.
         self.qkv_weight = parameter(3 * out_channels, in_channels)
         self.qkv_bias = parameter(3 * out_channels)
-        self.mix = make_mix(mix, device, dtype)
-        alpha, beta = self.mix.weights()
-        self.has_attention, self.has_convolution = alpha is not None, beta is not None
+        self._create_mix(mix, device, dtype)
         if self.has_attention:
             self.position_weight = parameter(self.head_dim, 2) if position else None
         if self.has_convolution:
-            self.fc_weight = parameter(kernel_conv**2, 3 * heads)
-            self.shift = make_shift(
-                shift, out_channels, heads, kernel_conv, shift_init, device, dtype
-            )
+            path = out_channels, heads, 3 * heads, shift, shift_init
+            self._create_path(*path, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,128 +111,35 @@ class ACmix2d(nn.Module):
         bound = 1 / math.sqrt(self.in_channels)
         nn.init.uniform_(self.qkv_weight, -bound, bound)
         nn.init.uniform_(self.qkv_bias, -bound, bound)
-        for name in ("position_weight", "fc_weight"):
-            weight = getattr(self, name, None)
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        for child in self.children():
-            if isinstance(child, (LearnedMix, ConvexMix, LearnedShift)):
-                child.reset_parameters()
+        if self.has_attention and self.position_weight is not None:
+            nn.init.kaiming_uniform_(self.position_weight, a=math.sqrt(5))
+        self._reset_path()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        _checks.check_map("x", x, self.in_channels)
-        if autocast_dtype(x.device) is None:
-            _checks.check_same_kind(parameters=self.qkv_weight, x=x)
-        backend = resolve(self.backend, ATTENTION, x, self.qkv_weight, head_dim=self.head_dim)
-        alpha, beta = self.mix.weights()
-        if beta is None:
-            return self._attention(*self._project_for_attention(x), backend)
-        fc_weight = beta * self.fc_weight
-        kernels = self.shift.kernels(like=fc_weight)
-        if kernels is not None and backend != "reference" and prefers_dense(x):
-            convolution, bias = self._dense_convolution(x, fc_weight, kernels)
-            if alpha is None:
-                return folded.with_bias(convolution, bias)
-            q, k, v = self._project_for_attention(x)
-        else:
-            bias = None
-            pieces = self._project(x)
-            if backend == "native" and alpha is not None and kernels is not None:
-                return self._stage2(pieces, fc_weight, kernels, alpha)
-            convolution = self._convolution(pieces, fc_weight, kernels, backend)
-            if alpha is None:
-                return convolution
-            q, k, v = pieces.chunk(3, 1)
-            q = q[..., :: self.stride, :: self.stride]
-        return self._attention(q, k, v, backend, convolution, bias, alpha)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """Stage I: the 3N pieces of x, (B, 3N, d, H, W)."""
-        pieces = project(x, self.qkv_weight, self.qkv_bias)
-        return pieces.unflatten(1, (self.head_dim, 3 * self.heads)).transpose(1, 2)
-
-    def _project_for_attention(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v where no convolution reads them: head-major, q only where windows are."""
-        weight = self.qkv_weight.unflatten(0, (self.head_dim, 3, self.heads))
-        weight = weight.permute(1, 2, 0, 3).flatten(1, 2)  # (3, C, in_channels)
-        bias = self.qkv_bias.view(self.head_dim, 3, self.heads).permute(1, 2, 0).flatten(1)
-        if self.stride == 1:
-            q, k, v = project(x, weight.flatten(0, 1), bias.flatten()).chunk(3, 1)
-        else:
-            q = project(x[..., :: self.stride, :: self.stride], weight[0], bias[0])
-            k, v = project(x, weight[1:].flatten(0, 1), bias[1:].flatten()).chunk(2, 1)
-        heads_apart = (self.heads, self.head_dim)
-        return q.unflatten(1, heads_apart), k.unflatten(1, heads_apart), v.unflatten(1, heads_apart)
-
-    def _attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        backend: str,
-        convolution: Tensor | None = None,
-        bias: Tensor | None = None,
-        alpha: Tensor | float = 1.0,
-    ) -> Tensor:
-        """Stage II, attention path, and where there is another, their mix: (B, C, Ho, Wo).
-
-        The convolution may lack its `bias`, (1, C, Ho, Wo).
-
-        The channels of the two are added as they are, although this one's are head-major and the
-        convolution's d-major: released checkpoints depend on it.
-        """
-        attend = ATTENTION[backend].forward
-        sizes = self.kernel_att, self.stride, self.dilation
-        if convolution is not None and backend == "triton":  # whose kernel mixes, too
-            apart = (self.heads, self.head_dim)
-            base = convolution.unflatten(1, apart)
-            bias = None if bias is None else bias.unflatten(1, apart)
-            return attend(q, k, v, self.position_weight, *sizes, base, alpha, bias).flatten(1, 2)
-        attention = attend(q, k, v, self.position_weight, *sizes).flatten(1, 2)
-        if convolution is None:
-            return attention
-        convolution = folded.with_bias(convolution, bias)
-        if isinstance(alpha, Tensor):
-            return torch.addcmul(convolution, alpha.to(attention.dtype), attention)
-        return torch.add(convolution, attention, alpha=alpha)
-
-    def _convolution(
-        self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor | None, backend: str
-    ) -> Tensor:
-        """Stage II, convolution path from the pieces: (B, C, Ho, Wo), d-major."""
-        if kernels is None:
-            return unfolded.forward_tensor_shifts(
-                pieces, fc_weight, self.heads, None, self.stride, self.dilation
-            )
-        convolve = CONVOLUTION[backend].forward
-        return convolve(pieces, fc_weight, kernels, None, self.stride, self.dilation)
-
-    def _stage2(
-        self, pieces: Tensor, fc_weight: Tensor, kernels: Tensor, alpha: Tensor | float
-    ) -> Tensor:
-        """Stage II, both paths and their mix in one native operator: (B, C, Ho, Wo)."""
-        with folded.without_autocast(pieces):
-            weight = folded.fold_fc(fc_weight, kernels)
-        return stage2.forward(
-            pieces,
-            self.position_weight,
-            weight,
-            alpha,
-            self.kernel_att,
-            self.stride,
-            self.dilation,
+        """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)); or
+        both without B."""
+        position = self.position_weight if self.has_attention else None
+        convolution: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.has_convolution:
+            convolution = self.fc_weight, self.shift.kernels(like=self.fc_weight)
+        return acmix(
+            x,
+            self.qkv_weight,
+            self.qkv_bias,
+            position,
+            *convolution,
+            *self.mix.weights(),
+            heads=self.heads,
+            window=self.kernel_att,
+            stride=self.stride,
+            dilation=self.dilation,
+            backend=self.backend,
         )
 
-    def _dense_convolution(
-        self, x: Tensor, fc_weight: Tensor, kernels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Stage I and the convolution path as one dense convolution of x, and its bias."""
-        weight = self.qkv_weight.unflatten(0, (self.head_dim, 3 * self.heads)).transpose(0, 1)
-        bias = self.qkv_bias.view(self.head_dim, 3 * self.heads).t()
-        return folded.dense_parts(
-            x, weight, bias, fc_weight, kernels, None, self.stride, self.dilation
-        )
+    def _projections(self) -> list[Projection]:
+        by_piece = (self.head_dim, 3 * self.heads)
+        weight = self.qkv_weight.unflatten(0, by_piece).transpose(0, 1)
+        return [(weight, self.qkv_bias.view(by_piece).t())]
 
     def extra_repr(self) -> str:
         """The arguments of the paths that are there; mix and shift print themselves."""
@@ -250,27 +151,3 @@ class ACmix2d(nn.Module):
             shown.append(f"kernel_conv={self.kernel_conv}")
         shown.append(f"stride={self.stride}, dilation={self.dilation}, backend={self.backend!r}")
         return ", ".join(shown)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1x1 convolution by whichever operator is the fastest, see docs/backends.md."""
-    channels_last = x.stride(1) < x.stride(3)
-    # A compiled program depends on neither the threads nor the size.
-    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-    if x.device.type != "cpu" or (channels_last and threads == 1):
-        # Of strided pixels a copy; else PyTorch makes one too, and adds the bias afterwards.
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        return F.linear(pixels, weight, bias).permute(0, 3, 1, 2)
-    if not channels_last and threads > 1 and x.shape[2] * x.shape[3] >= 32 * 32:
-        pixels = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x.flatten(2))
-        return pixels.unflatten(2, x.shape[2:])
-    return F.conv2d(x, weight[:, :, None, None], bias)
-
-
-def prefers_dense(x: Tensor) -> bool:
-    """Whether the convolution path runs as one dense convolution of x, not of the pieces.
-
-    On a CPU the group convolution of the pieces costs 0.1 to 0.3 times the dense one (0.1 to 0.7
-    without our kernel); cuDNN's costs 5 to 24 times as much. See docs/backends.md.
-    """
-    return x.device.type != "cpu"

@@ -8,18 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix.layers.acmix import prefers_dense, project
-from acmix.layers.mix import MIXES, Weight, make_mix
-from acmix.layers.shift import check_shift, make_shift
+from acmix.layers.convolution_path import ConvolutionPath, check_kind
+from acmix.layers.mix import MIXES, weigh
+from acmix.layers.shift import check_shift
 from acmix.ops import _checks, weighted_aggregation
-from acmix.ops._dispatch import BACKENDS, resolve
+from acmix.ops._dispatch import BACKENDS
+from acmix.ops._project import one_for_all, project
 from acmix.ops._windows import pad_reflect, unit_coordinate
-from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
-from acmix.ops.shift_convolution import folded
-from acmix.ops.shift_convolution import reference as unfolded
+from acmix.ops.shift_convolution import Projection
 
 
-class PatchwiseACmix(nn.Module):
+class PatchwiseACmix(ConvolutionPath):
     """Patchwise self-attention and a shift convolution from one set of projections.
 
     `out = alpha * attention + beta * convolution`: Pan et al., "On the Integration of
@@ -79,50 +78,43 @@ class PatchwiseACmix(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # q
         self.conv2 = nn.Conv2d(in_channels, related, 1, device=device, dtype=dtype)  # k
         self.conv3 = nn.Conv2d(in_channels, out_channels, 1, device=device, dtype=dtype)  # v
-        self.mix = make_mix(mix, device, dtype)
-        alpha, beta = self.mix.weights()
+        self._create_mix(mix, device, dtype)
         self.conv_w: nn.Sequential | None = None
-        if alpha is not None:
+        if self.has_attention:
             taps, weights = kernel_att**2, out_channels // share_planes
             self.conv_w = weight_layers(
                 related * (taps + 1), weights, taps * weights, device=device, dtype=dtype
             )
-        if beta is not None:
-            # Plain parameters: a network's loop over its modules leaves their start alone.
-            shape = (kernel_conv**2, 2 + reduction)
-            self.fc_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.shift = make_shift(
-                shift, out_channels, reduction, kernel_conv, shift_init, device, dtype
-            )
-            self.reset_convolution()
+        if self.has_convolution:
+            pieces = 2 + reduction
+            path = out_channels, reduction, pieces, shift, shift_init
+            self._create_path(*path, device, dtype)
+            self._reset_path()
 
     def reset_parameters(self) -> None:
         """Start again: attention and fc as `nn.Conv2d`, kernels and mix as constructed."""
-        layers = [self.conv1, self.conv2, self.conv3, *(self.conv_w or ())]
-        for layer in (*layers, self.mix, getattr(self, "shift", None)):
+        for layer in (self.conv1, self.conv2, self.conv3, *(self.conv_w or ())):
             reset = getattr(layer, "reset_parameters", None)
             if reset is not None:
                 reset()
-        if hasattr(self, "fc_weight"):
-            self.reset_convolution()
-
-    def reset_convolution(self) -> None:
-        bound = self.fc_weight.shape[1] ** -0.5
-        nn.init.uniform_(self.fc_weight, -bound, bound)
+        self._reset_path()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        _checks.check_map("x", x, self.in_channels)
-        alpha, beta = self.mix.weights()
-        q, k, v = project_together(x, self.conv1, self.conv2, self.conv3)
+        """x (B, in_channels, H, W) -> (B, out_channels, H, W), or both without B."""
+        batch = _checks.as_batch("x", x, self.in_channels)
+        check_kind(self, batch)
+        q, k, v = self._project(batch)
         out: Tensor | None = None
-        if alpha is not None:
-            out = alpha * self._attention(q, k, v)
-        if beta is not None:
-            convolution = self._convolution(x, (q, k, v), beta)
+        if self.conv_w is not None:
+            out = weigh(self.mix.weights()[0], self._attention(q, k, v))
+        if self.has_convolution:
+            convolution = self._path(batch, (q, k, v))
             out = convolution if out is None else out + convolution
         assert out is not None
-        return out
+        return out if x.dim() == 4 else out[0]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return project_together(x, self.conv1, self.conv2, self.conv3)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.conv_w is not None
@@ -130,22 +122,19 @@ class PatchwiseACmix(nn.Module):
         weight = self.conv_w(torch.cat([q, keys], 1)).unflatten(1, (-1, self.kernel_att**2))
         return weighted_aggregation(weight, v, window=self.kernel_att, backend=self.backend)
 
-    def _convolution(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], beta: Weight) -> Tensor:
+    def _path(self, x: Tensor, qkv: tuple[Tensor, ...]) -> Tensor:
         """beta times the convolution path, (B, C, H, W), from the map x or its projections; its
         channels are d-major, those of the attention are not, and the two are added as they are."""
-        assert beta is not None
-        fc_weight = beta * self.fc_weight
-        kernels = self.shift.kernels(like=fc_weight)
-        shape = (2 + self.reduction, -1)
-        backend = resolve(self.backend, CONVOLUTION, x)
-        if kernels is not None and backend != "reference" and prefers_dense(x):
-            parameters = joined(self.conv1, self.conv2, self.conv3)
-            weight, bias = (tensor.unflatten(0, shape) for tensor in parameters)
-            return folded.forward_dense(x, weight, bias, fc_weight, kernels, None, 1, 1)
-        pieces = torch.cat(qkv, 1).unflatten(1, shape)
-        if kernels is None:
-            return unfolded.forward_tensor_shifts(pieces, fc_weight, self.reduction, None, 1, 1)
-        return CONVOLUTION[backend].forward(pieces, fc_weight, kernels, None, 1, 1)
+
+        def read(dense: bool) -> Tensor:
+            return x if dense else torch.cat(qkv, 1).unflatten(1, (2 + self.reduction, -1))
+
+        return self._convolve(x, read)
+
+    def _projections(self) -> list[Projection]:
+        weight, bias = joined(self.conv1, self.conv2, self.conv3)
+        pieces = (2 + self.reduction, -1)
+        return [(weight.unflatten(0, pieces), bias.unflatten(0, pieces))]
 
     def extra_repr(self) -> str:
         return (
@@ -195,8 +184,11 @@ class PairwiseAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        """x (B, in_channels, H, W) -> (B, out_channels, H, W), or both without B."""
+        if x.dim() == 3:
+            return self(_checks.as_batch("x", x, self.in_channels))[0]
         _checks.check_map("x", x, self.in_channels)
+        check_kind(self, x)
         batch, _, height, width = x.shape
         columns = unit_coordinate(width, x).expand(height, width)
         rows = unit_coordinate(height, x)[:, None].expand(height, width)
@@ -220,7 +212,7 @@ class PairwiseAttention(nn.Module):
 
 def project_together(x: Tensor, *convs: Any) -> tuple[Tensor, ...]:
     """The results of some 1x1 convolutions of x; where a linear is faster, by one of them all."""
-    if x.is_meta or not prefers_dense(x):  # costs are counted module by module
+    if not one_for_all(x):
         return tuple(conv(x) for conv in convs)
     weight, bias = joined(*convs)
     return project(x, weight, bias).split([len(conv.weight) for conv in convs], 1)

@@ -7,17 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers._sizes import crop, multiple, pad_to_multiple
-from acmix.layers.acmix import prefers_dense
-from acmix.layers.mix import MIXES, Weight, make_mix, weigh
-from acmix.layers.shift import check_shift, make_shift
+from acmix.layers.convolution_path import ConvolutionPath, check_kind
+from acmix.layers.mix import MIXES, weigh
+from acmix.layers.shift import check_shift
 from acmix.ops import _checks
-from acmix.ops._dispatch import choose
-from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
-from acmix.ops.shift_convolution import folded
-from acmix.ops.shift_convolution import reference as unfolded
+from acmix.ops.shift_convolution import Projection
 
 
-class ReducedACmix(nn.Module):
+class ReducedACmix(ConvolutionPath):
     """Attention to a map of fewer keys and a shift convolution from one set of projections.
 
     `out = alpha * proj(attention) + beta * convolution`: Pan et al., "On the Integration of
@@ -77,16 +74,12 @@ class ReducedACmix(nn.Module):
         if reduction > 1:
             self.sr = nn.Conv2d(dim, dim, reduction, reduction, device=device, dtype=dtype)
             self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.mix = make_mix(mix, device, dtype)
-        alpha, beta = self.mix.weights()
+        self._create_mix(mix, device, dtype)
         self.proj: nn.Linear | None = None
-        if alpha is not None:
+        if self.has_attention:
             self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        if beta is not None:
-            # Plain parameters: a network's loop over its modules leaves their start alone.
-            shape = (kernel_conv**2, 3 * heads)
-            self.fc_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.shift = make_shift(shift, dim, heads, kernel_conv, shift_init, device, dtype)
+        if self.has_convolution:
+            self._create_path(dim, heads, 3 * heads, shift, shift_init, device, dtype)
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
@@ -98,27 +91,22 @@ class ReducedACmix(nn.Module):
                 nn.init.trunc_normal_(linear.weight, std=0.02)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
-        if hasattr(self, "fc_weight"):
-            bound = self.fc_weight.shape[1] ** -0.5
-            nn.init.uniform_(self.fc_weight, -bound, bound)
-        for child in self.children():
-            reset = getattr(child, "reset_parameters", None)
-            if reset is not None and not isinstance(child, nn.Linear):
-                reset()
+        self._reset_path()
+        if self.sr is not None:
+            self.sr.reset_parameters()
+            self.norm.reset_parameters()
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, L, dim), of which the last H * W tokens are a map of `size` -> (B, L, dim)."""
         extra = self._check(x, size)
-        alpha, beta = self.mix.weights()
         reduced = self._reduce(x, size)
         q, kv = self.q(x), self.kv(reduced)
         out: Tensor | None = None
         if self.proj is not None:
-            out = weigh(alpha, self.proj(self._attention(q, kv)))
-        if beta is not None:
-            maps = (x[:, extra:], reduced[:, extra:], q[:, extra:], kv[:, extra:])
-            convolution = self._convolution(*maps, size, beta)
-            convolution = F.pad(convolution, (0, 0, extra, 0))
+            out = weigh(self.mix.weights()[0], self.proj(self._attention(q, kv)))
+        if self.has_convolution:
+            maps = (x[:, extra:], reduced[:, extra:]), (q[:, extra:], kv[:, extra:])
+            convolution = F.pad(self._path(*maps, size), (0, 0, extra, 0))
             out = convolution if out is None else out + convolution
         assert out is not None
         return self.proj_drop(out)
@@ -128,6 +116,7 @@ class ReducedACmix(nn.Module):
         _checks.check_dtype("x", x)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x: expected (B, L, {self.dim}), got shape {tuple(x.shape)}")
+        check_kind(self, x)
         extra = x.shape[1] - size[0] * size[1]
         if extra not in ((0, 1) if self.sr is None else (0,)):
             one_more = ", or one more" if self.sr is None else ""
@@ -155,37 +144,24 @@ class ReducedACmix(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return out.transpose(1, 2).flatten(2)
 
-    def _convolution(
-        self,
-        x: Tensor,
-        reduced: Tensor,
-        q: Tensor,
-        kv: Tensor,
-        size: tuple[int, int],
-        beta: Weight,
+    def _path(
+        self, source: tuple[Tensor, Tensor], qkv: tuple[Tensor, Tensor], size: tuple[int, int]
     ) -> Tensor:
         """beta times the convolution path, (B, H * W, dim), from x and its reduced tokens or from
         their projections; d-major."""
-        assert beta is not None
-        fc_weight = beta * self.fc_weight
-        kernels = self.shift.kernels(like=fc_weight)
-        if kernels is not None and prefers_dense(x):
-            of_q = (self._as_map(x, size), self.q, fc_weight[:, : self.heads])
-            of_kv = (self._enlarged(reduced, size), self.kv, fc_weight[:, self.heads :])
-            out = self._dense(*of_q, kernels) + self._dense(*of_kv, kernels)
-        elif kernels is None:
-            pieces = self._pieces(q, kv, size)
-            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, None, 1, 1)
-        else:
-            pieces = self._pieces(q, kv, size)
-            convolve = choose("auto", CONVOLUTION, pieces).forward
-            out = convolve(pieces, fc_weight, kernels, None, 1, 1)
-        return out.flatten(2).transpose(1, 2)
 
-    def _pieces(self, q: Tensor, kv: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, 3N, d, H, W)"""
-        pieces = torch.cat([self._as_map(q, size), self._enlarged(kv, size)], 1)
-        return pieces.unflatten(1, (3 * self.heads, self.head_dim))
+        def read(dense: bool) -> Tensor:
+            tokens, reduced = source if dense else qkv
+            maps = torch.cat([self._as_map(tokens, size), self._enlarged(reduced, size)], 1)
+            return maps if dense else maps.unflatten(1, (3 * self.heads, self.head_dim))
+
+        return self._convolve(source[0], read).flatten(2).transpose(1, 2)
+
+    def _projections(self) -> list[Projection]:
+        return [
+            tuple(None if x is None else x.unflatten(0, (-1, self.head_dim)) for x in pair)
+            for pair in ((self.q.weight, self.q.bias), (self.kv.weight, self.kv.bias))
+        ]
 
     def _as_map(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, H * W, C) -> (B, C, H, W)."""
@@ -199,15 +175,6 @@ class ReducedACmix(nn.Module):
             return image
         enlarged = [multiple(side, self.reduction) for side in size]
         return crop(F.interpolate(image, size=enlarged, mode="nearest"), size, dim=2)
-
-    def _dense(
-        self, image: Tensor, linear: nn.Linear, fc_weight: Tensor, kernels: Tensor
-    ) -> Tensor:
-        """The part of a projection's pieces as one dense convolution of what it projects."""
-        heads_apart = (-1, self.head_dim)
-        weight = linear.weight.unflatten(0, heads_apart)
-        bias = None if linear.bias is None else linear.bias.unflatten(0, heads_apart)
-        return folded.forward_dense(image, weight, bias, fc_weight, kernels, None, 1, 1)
 
     def extra_repr(self) -> str:
         return (

@@ -17,13 +17,6 @@ from acmix.ops import _checks
 from acmix.ops.shift_convolution import shift_kernels
 
 
-class TensorShift(nn.Module):
-    """Tensor shifts: slices of the padded pieces, summed."""
-
-    def kernels(self, like: Tensor) -> None:
-        return None
-
-
 class FixedShift(nn.Module):
     """A group convolution with the one-hot shift kernels, not learned."""
 
@@ -31,12 +24,22 @@ class FixedShift(nn.Module):
         super().__init__()
         self.channels, self.kernel_size = channels, kernel_size
 
-    def kernels(self, like: Tensor) -> Tensor:
+    def as_kernels(self, like: Tensor) -> Tensor:
         # Made anew each time: a buffer would be lost by `to_empty` after the meta device.
         return shift_kernels(self.channels, self.kernel_size, like.device, like.dtype)
 
+    def kernels(self, like: Tensor) -> Tensor | None:
+        return self.as_kernels(like)
+
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
+
+
+class TensorShift(FixedShift):
+    """Tensor shifts: slices of the padded pieces, summed."""
+
+    def kernels(self, like: Tensor) -> None:
+        return None
 
 
 class LearnedShift(nn.Module):
@@ -77,6 +80,8 @@ class LearnedShift(nn.Module):
         return f"{tuple(self.weight.shape)}, repeats={self.repeats}, init={self.init!r}"
 
 
+torch.fx.wrap("shift_kernels")
+
 SHIFTS = ("learned", "learned_shared", "fixed", "tensor")
 SHIFT_INITS = ("shift", "kaiming")
 
@@ -101,7 +106,7 @@ def make_shift(
     dtype: torch.dtype | None = None,
 ) -> TensorShift | FixedShift | LearnedShift:
     if shift == "tensor":
-        return TensorShift()
+        return TensorShift(channels, kernel_size)
     if shift == "fixed":
         return FixedShift(channels, kernel_size)
     sets = heads if shift == "learned" else 1

@@ -7,19 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers._sizes import crop
-from acmix.layers.acmix import prefers_dense
-from acmix.layers.mix import MIXES, Weight, make_mix, weigh
-from acmix.layers.shift import check_shift, make_shift
+from acmix.layers.convolution_path import ConvolutionPath, check_kind
+from acmix.layers.mix import MIXES, weigh
+from acmix.layers.shift import check_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import choose
 from acmix.ops.partition_attention import IMPLEMENTATIONS as ATTENTION
 from acmix.ops.partition_attention import tiled
-from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
-from acmix.ops.shift_convolution import folded
-from acmix.ops.shift_convolution import reference as unfolded
+from acmix.ops.shift_convolution import Projection
 
 
-class WindowACmix(nn.Module):
+class WindowACmix(ConvolutionPath):
     """Attention within windows and a shift convolution from one set of projections.
 
     `out = alpha * proj(attention) + beta * convolution`: Pan et al., "On the Integration of
@@ -82,19 +80,16 @@ class WindowACmix(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.mix = make_mix(mix, device, dtype)
-        alpha, beta = self.mix.weights()
+        self._create_mix(mix, device, dtype)
         self.proj: nn.Linear | None = None
-        if alpha is not None:
+        if self.has_attention:
             height, width = self.window_size
             offsets = (2 * height - 1) * (2 * width - 1)
             self.relative_position_bias_table = parameter(offsets, heads)
             self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        if beta is not None:
-            # Plain parameters: a network's loop over its modules leaves their start alone.
-            taps = kernel_conv**2
-            self.fc_weight, self.fc_bias = parameter(taps, 3 * heads), parameter(taps)
-            self.shift = make_shift(shift, dim, heads, kernel_conv, shift_init, device, dtype)
+        if self.has_convolution:
+            path = dim, heads, 3 * heads, shift, shift_init
+            self._create_path(*path, device, dtype, bias=True)
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
@@ -108,25 +103,18 @@ class WindowACmix(nn.Module):
                     nn.init.zeros_(linear.bias)
         if self.proj is not None:
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        if hasattr(self, "fc_weight"):
-            bound = self.fc_weight.shape[1] ** -0.5
-            nn.init.uniform_(self.fc_weight, -bound, bound)
-            nn.init.uniform_(self.fc_bias, -bound, bound)
-        for child in self.children():
-            reset = getattr(child, "reset_parameters", None)
-            if reset is not None and not isinstance(child, nn.Linear):
-                reset()
+        self._reset_path()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H, W, dim) -> (B, H, W, dim)."""
         _checks.check_dtype("x", x)
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
-        alpha, beta = self.mix.weights()
+        check_kind(self, x)
         rolled = self._roll(x, -1)
         if self.proj is None:
             on = rolled if self.roll_convolution else x
-            out = self._convolution(on, self.qkv(on), beta)
+            out = self._path(on, self.qkv(on))
             return self.proj_drop(self._roll(out, 1) if self.roll_convolution else out)
         down, across = self._counts(x)
         height, width = x.shape[1:3]
@@ -134,14 +122,14 @@ class WindowACmix(nn.Module):
         right = across * self.window_size[1] - width
         qkv = self.qkv(F.pad(rolled, (0, 0, 0, right, 0, below)))
         attention = self.proj(self._attention(qkv))
-        out = weigh(alpha, crop(attention, (height, width), dim=1))
+        out = weigh(self.mix.weights()[0], crop(attention, (height, width), dim=1))
         qkv = crop(qkv, (height, width), dim=1)
-        if beta is None:
+        if not self.has_convolution:
             out = self._roll(out, 1)
         elif self.roll_convolution:
-            out = self._roll(out + self._convolution(rolled, qkv, beta), 1)
+            out = self._roll(out + self._path(rolled, qkv), 1)
         else:
-            out = self._roll(out, 1) + self._convolution(x, self._roll(qkv, 1), beta)
+            out = self._roll(out, 1) + self._path(x, self._roll(qkv, 1))
         return self.proj_drop(out)
 
     def _roll(self, x: Tensor, sign: int) -> Tensor:
@@ -180,28 +168,23 @@ class WindowACmix(nn.Module):
         bias = self.relative_position_bias_table[index.reshape(-1)]
         return bias.view(tokens, tokens, self.heads).permute(2, 0, 1)
 
-    def _convolution(self, x: Tensor, qkv: Tensor, beta: Weight) -> Tensor:
-        """beta times the convolution path, from the map x or its projections qkv.
+    def _path(self, x: Tensor, qkv: Tensor) -> Tensor:
+        """beta times the convolution path, from the map x or its projections qkv: (B, H, W, dim).
 
         Its channels are d-major; the attention's are head-major before `proj`.
         """
-        assert beta is not None
-        fc_weight, fc_bias = beta * self.fc_weight, beta * self.fc_bias
-        kernels = self.shift.kernels(like=fc_weight)
-        x = x.permute(0, 3, 1, 2)
-        shape = (3 * self.heads, self.head_dim)
-        if kernels is not None and prefers_dense(x):
-            weight = self.qkv.weight.unflatten(0, shape)
-            bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, shape)
-            out = folded.forward_dense(x, weight, bias, fc_weight, kernels, fc_bias, 1, 1)
-            return out.permute(0, 2, 3, 1)
-        pieces = qkv.unflatten(-1, shape).permute(0, 3, 4, 1, 2)
-        if kernels is None:
-            out = unfolded.forward_tensor_shifts(pieces, fc_weight, self.heads, fc_bias, 1, 1)
-        else:
-            convolve = choose("auto", CONVOLUTION, pieces).forward
-            out = convolve(pieces, fc_weight, kernels, fc_bias, 1, 1)
-        return out.permute(0, 2, 3, 1)
+
+        def read(dense: bool) -> Tensor:
+            if dense:
+                return x.permute(0, 3, 1, 2)
+            return qkv.unflatten(-1, (3 * self.heads, -1)).permute(0, 3, 4, 1, 2)
+
+        return self._convolve(x, read).permute(0, 2, 3, 1)
+
+    def _projections(self) -> list[Projection]:
+        by_piece = (3 * self.heads, self.head_dim)
+        bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, by_piece)
+        return [(self.qkv.weight.unflatten(0, by_piece), bias)]
 
     @torch.no_grad()
     def set_window_size(

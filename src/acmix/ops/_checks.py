@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -46,8 +45,6 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 def check_map(name: str, tensor: Tensor, channels: int | None = None) -> None:
     """A floating-point (B, C, H, W) tensor with H, W >= 1 and, where given, C channels."""
-    if isinstance(tensor, Proxy):
-        return  # a trace of torch.fx knows no shapes
     check_dtype(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(
@@ -65,6 +62,13 @@ def check_map(name: str, tensor: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected a channel or more, got {tuple(tensor.shape)}")
 
 
+def as_batch(name: str, tensor: Tensor, channels: int | None = None) -> Tensor:
+    """A (B, C, H, W) map, or a (C, H, W) one with a batch of 1 before it, checked."""
+    batch = tensor[None] if isinstance(tensor, Tensor) and tensor.dim() == 3 else tensor
+    check_map(name, batch, channels)
+    return batch
+
+
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     check_dtype(name, tensor)
     if tuple(tensor.shape) != tuple(expected):
@@ -78,11 +82,18 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
-def check_same_kind(**tensors: Tensor) -> None:
-    """All tensors on one device and of one dtype: that of the first."""
+def check_same_device(**tensors: Tensor) -> None:
+    """All tensors on one device: that of the first."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check_device(name, tensor, first_name, first)
+
+
+def check_same_kind(**tensors: Tensor) -> None:
+    """All tensors on one device and of one dtype: that of the first."""
+    check_same_device(**tensors)
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{name}: expected the dtype of {first_name} ({first.dtype}), got {tensor.dtype}"

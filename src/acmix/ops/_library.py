@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # Triton runs its kernels on the CPU, step by step, for tests: they stand in for the CPU kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,37 +102,3 @@ def refuse_second_derivative(name: str) -> None:
         )
 
     torch.library.register_autograd(f"acmix::{name}", refuse)
-
-
-def why_not_transformed(*tensors: Tensor) -> str | None:
-    """The reason why an operator of ours cannot run on tensors inside a torch.func transform, or on
-    the way to ONNX."""
-    if torch.onnx.is_in_onnx_export():
-        return "ONNX has no such operator"
-    if torch.compiler.is_compiling():
-        return None
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-        return "it has no rule for the transforms of torch.func (grad, jvp, vmap)"
-    if forward_ad._current_level >= 0:
-        return "it has no rule for forward-mode derivatives"
-    return None
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast where it is on for the device."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def dtype_of_kernels(tensor: Tensor) -> torch.dtype:
-    """In which the operators take a tensor: that of autocast where it is on; float64 stays."""
-    dtype = autocast_dtype(tensor.device)
-    return tensor.dtype if dtype is None or tensor.dtype == torch.float64 else dtype
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of autocast where that is on."""
-    if autocast_dtype(tensors[0].device) is None:
-        return tensors
-    return tuple(t.to(dtype_of_kernels(t)) for t in tensors)

@@ -12,11 +12,12 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from acmix.ops._library import INTERPRETED, why_not_transformed
+from acmix.ops._library import INTERPRETED
 
 INTERFACE = 3  # acmix_interface() of the library that these declarations describe
 FOLDER = Path(__file__).parents[1]
@@ -104,15 +105,33 @@ def simd() -> str:
     return _library().acmix_simd().decode()
 
 
-def why_not(tensor: Tensor, *others: Tensor) -> str | None:
+def why_not(tensor: Tensor, *_: Tensor) -> str | None:
     """Why the kernel cannot take tensors like these; None where it can."""
-    if transformed := why_not_transformed(tensor, *others):
-        return transformed
     if tensor.device.type not in ("cpu", "meta"):
         return f"the CPU kernel takes tensors on the CPU, not on {tensor.device.type}"
     if tensor.dtype not in DTYPES:
         return f"the CPU kernel computes in float32, which is too narrow for {tensor.dtype}"
     return reason()
+
+
+@overload
+def floats(tensor: Tensor) -> Tensor: ...
+@overload
+def floats(tensor: None) -> None: ...
+def floats(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor as the kernel reads it, by a bare pointer."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def float_sums(*like: Tensor | None) -> list[Tensor | None]:
+    """Room for the gradients of small tensors, which the kernel sums in float32."""
+    return [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in like]
+
+
+def write_sums(gradients: Sequence[Tensor], sums: Sequence[Tensor | None]) -> None:
+    for gradient, found in zip(gradients, sums, strict=True):
+        if found is not None:
+            gradient.copy_(found)
 
 
 def attention_forward(
@@ -137,7 +156,7 @@ def attention_forward(
         k,
         v,
         _Floats(position, k.shape[2], 2),
-        _Floats(alpha),
+        _one_float(alpha),
         out,
         _Floats(lse, *_without_channels(out)),
     )
@@ -171,13 +190,13 @@ def attention_backward(
         k,
         v,
         _Floats(position, k.shape[2], 2),
-        _Floats(alpha),
+        _one_float(alpha),
         _Floats(lse, *_without_channels(q)),
         grad_q,
         grad_k,
         grad_v,
         _Floats(grad_position, k.shape[2], 2),
-        _Floats(grad_alpha),
+        _one_float(grad_alpha),
     )
 
 
@@ -305,6 +324,11 @@ class _Floats:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"expected a tensor of {shape}, got shape {tuple(tensor.shape)}")
         self.pointer = ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _one_float(tensor: Tensor | None) -> _Floats:
+    """Of a tensor of one element, a scalar or not."""
+    return _Floats(tensor, *(() if tensor is None or tensor.dim() == 0 else (1,)))
 
 
 def _without_channels(x: Tensor) -> tuple[int, ...]:

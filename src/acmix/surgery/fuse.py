@@ -31,7 +31,7 @@ Fuse = Callable[[Any, Tensor | None, Tensor | None], nn.Module]
 
 # Operators that may take a norm in, (scale, shift) or None, and those that have none after them.
 WITH_NORM: dict[type[nn.Module], Fuse] = {
-    ACmix2d: fused.fuse_acmix2d,
+    ACmix2d: fused.FusedACmix2d,
     PatchwiseACmix: fused.FusedPatchwiseACmix,
     PairwiseAttention: fused.fuse_pairwise,
 }

@@ -79,7 +79,7 @@ def fit_kernel(
         right = fc.t() @ target
         shifts = shift_kernels(len(kernel), side, kernel.device, kernel.dtype)
     weight = right.transpose(0, 1)  # (3N, d, C_in)
-    folded_kernel, _ = folded.fold_dense(weight, None, fc, shifts, None)
+    folded_kernel, _ = folded.fold_dense([(weight, None)], fc, shifts, None)
     norm = kernel.norm()
     residual = ((folded_kernel - kernel).norm() / norm).item() if norm > 0 else 0.0
     qkv_bias = torch.zeros_like(right[..., 0])

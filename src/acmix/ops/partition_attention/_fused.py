@@ -41,20 +41,13 @@ def empty_outputs(pieces: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("acmix::partition_attention")
-def _fake(
-    pieces: Tensor, bias: Tensor, window: Sequence[int], shift: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _fake(pieces: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(pieces)
 
 
 @torch.library.register_fake("acmix::partition_attention_backward")
 def _fake_backward(
-    grad_out: Tensor,
-    pieces: Tensor,
-    bias: Tensor,
-    lse: Tensor,
-    window: Sequence[int],
-    shift: Sequence[int],
+    grad_out: Tensor, pieces: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pieces), bias.new_empty(bias.shape)
 

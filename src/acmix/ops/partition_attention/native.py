@@ -13,6 +13,8 @@ from acmix.ops.partition_attention._fused import empty_outputs, forward
 
 __all__ = ["forward", "why_not"]
 
+OPAQUE = True
+
 
 @torch.library.impl("acmix::partition_attention", "cpu")
 def _forward(

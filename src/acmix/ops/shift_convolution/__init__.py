@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from acmix.ops import _checks
+from acmix.ops._autocast import autocast, check_kinds
 from acmix.ops._dispatch import choose
-from acmix.ops._library import autocast, autocast_dtype
-from acmix.ops.shift_convolution import folded, native, reference
+from acmix.ops.shift_convolution import _path, native, reference, tiled
+from acmix.ops.shift_convolution._path import Folded, Read
+from acmix.ops.shift_convolution.folded import Projection
 
-# The folded form is the portable one, which the other operators call tiled.
-# A GPU's own convolution is the best there is.
-IMPLEMENTATIONS = {
-    "reference": reference,
-    "tiled": folded,
-    "native": native,
-    "triton": folded,
-}
+IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native, "triton": tiled}
 
 
 def shift_convolution(
@@ -79,14 +77,62 @@ def shift_convolution(
     if fc_bias is not None:
         _checks.check_shape("fc_bias", fc_bias, (side * side,))
         weights["fc_bias"] = fc_bias
-    if autocast_dtype(pieces.device) is None:
-        _checks.check_same_kind(pieces=pieces, **weights)
-    else:
-        _checks.check_device("fc_weight", fc_weight, "pieces", pieces)
-        _checks.check_same_kind(**weights)
-        (pieces,) = autocast(pieces)
+    check_kinds(pieces=pieces, **weights)
+    _checks.check_same_kind(**weights)
+    (pieces,) = autocast(pieces)
     implementation = choose(backend, IMPLEMENTATIONS, pieces, fc_weight, shift_weight)
-    return implementation.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
+    if implementation is reference:
+        return reference.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
+    repeats = channels // pieces.shape[2]
+    weights = _path.fold([], fc_weight, shift_weight, fc_bias, dense=False, repeats=repeats)
+    return _run(weights, implementation, lambda dense: pieces, stride, dilation)
+
+
+def convolve_projections(
+    x: Tensor,
+    read: Read,
+    projections: Sequence[Projection],
+    fc_weight: Tensor,
+    kernels: Tensor | None,
+    fc_bias: Tensor | None,
+    repeats: int,
+    backend: str,
+) -> Tensor:
+    """The path of a layer on maps like x, in the form that the backend prefers: (B, C, H, W)."""
+    implementation = choose(backend, IMPLEMENTATIONS, x, fc_weight)
+    if implementation is reference and kernels is not None:
+        return reference.forward(read(False), fc_weight, kernels, fc_bias, 1, 1)
+    weights = fold(backend, x, projections, fc_weight, kernels, fc_bias, repeats)
+    return _run(weights, implementation, read)
+
+
+def convolve_folded(x: Tensor, read: Read, weights: Folded, backend: str) -> Tensor:
+    """The same of weights that were folded once, for inference."""
+    return _run(weights, choose(backend, IMPLEMENTATIONS, x), read)
+
+
+def fold(
+    backend: str,
+    like: Tensor,
+    projections: Sequence[Projection],
+    fc_weight: Tensor,
+    kernels: Tensor | None,
+    fc_bias: Tensor | None,
+    repeats: int,
+    one_kernel: bool = False,
+) -> Folded:
+    """The weights of a layer's path in the form for the device that holds `like`.
+
+    one_kernel: fc is folded even where two steps take fewer operations.
+    """
+    dense = choose(backend, IMPLEMENTATIONS, like).dense(like)
+    weights = projections, fc_weight, kernels, fc_bias
+    return _path.fold(*weights, dense=dense, repeats=repeats, one_kernel=one_kernel)
+
+
+def _run(weights: Folded, implementation: ModuleType, read: Read, *steps: int) -> Tensor:
+    out, bias = _path.run(weights, implementation.convolve, read, *steps)
+    return out if bias is None else out + bias
 
 
 def shift_kernels(

@@ -2,8 +2,8 @@
 a device.
 
 It reads the pieces where they are: group c of the convolution takes channel c of every piece, in
-any layout. Where the fold of fc and the kernels (folded.fold_fc) costs less, the pieces are the
-convolution's inputs, and the fold is left to autograd; else the operator combines them by fc first.
+any layout. Where fc is folded into the kernel, the pieces are the convolution's inputs; else the
+operator combines them by fc first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from acmix.ops import _library
 from acmix.ops._windows import output_size
-from acmix.ops.shift_convolution.folded import fold_fc, with_fc_bias, without_autocast
 
 _library.define(
     "shift_convolution",
@@ -31,36 +30,11 @@ _library.define(
 _library.register_autocast("shift_convolution", tensors=1)
 
 
-def forward(
-    pieces: Tensor,
-    fc_weight: Tensor,
-    shift_weight: Tensor,
-    fc_bias: Tensor | None,
-    stride: int,
-    dilation: int,
-) -> Tensor:
-    """pieces (B, J, d, H, W), fc_weight (k^2, J), shift_weight (C, k^2, k, k) -> (B, C, Ho, Wo)."""
-    out = convolve(pieces, fc_weight, shift_weight, stride, dilation)
-    return with_fc_bias(out, shift_weight, fc_bias, pieces, stride, dilation)
-
-
 def convolve(
-    pieces: Tensor, fc_weight: Tensor, shift_weight: Tensor, stride: int, dilation: int
+    pieces: Tensor, kernel: Tensor, fc_weight: Tensor | None, stride: int, dilation: int
 ) -> Tensor:
-    """The path without biases, by whichever form has fewer multiply-adds."""
-    if prefers_fc_apart(fc_weight, shift_weight, pieces.shape[2]):
-        return torch.ops.acmix.shift_convolution(pieces, shift_weight, stride, dilation, fc_weight)
-    with without_autocast(pieces):
-        weight = fold_fc(fc_weight, shift_weight)
-    return torch.ops.acmix.shift_convolution(pieces, weight, stride, dilation)
-
-
-def prefers_fc_apart(fc_weight: Tensor, shift_weight: Tensor, groups: int) -> bool:
-    """Whether two steps have fewer multiply-adds than their fold, for each pixel of a group k^2 J +
-    M k^4 and not J M k^2. See docs/backends.md."""
-    taps, inputs = fc_weight.shape
-    outputs = shift_weight.shape[0] // groups
-    return inputs * outputs > inputs + outputs * taps
+    """pieces (B, J, d, H, W), kernel (C, J, k, k), or (C, k^2, k, k) after fc_weight (k^2, J)."""
+    return torch.ops.acmix.shift_convolution(pieces, kernel, stride, dilation, fc_weight)
 
 
 def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -70,22 +44,15 @@ def empty_output(pieces: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 @torch.library.register_fake("acmix::shift_convolution")
-def _fake(
-    pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc_weight: Tensor | None = None
-) -> Tensor:
+def _fake(pieces: Tensor, weight: Tensor, stride: int, *_: Any) -> Tensor:
     return empty_output(pieces, weight, stride)
 
 
 @torch.library.register_fake("acmix::shift_convolution_backward")
 def _fake_backward(
-    grad_out: Tensor,
-    pieces: Tensor,
-    weight: Tensor,
-    stride: int,
-    dilation: int,
-    fc_weight: Tensor | None = None,
+    grad_out: Tensor, pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(pieces, weight, fc_weight)
+    return empty_gradients(pieces, weight, fc)
 
 
 def empty_gradients(
@@ -126,25 +93,11 @@ def _flops(
 ) -> int:
     """k^2 taps of each input for every output and, where fc is apart, each input from the pieces; 2
     operations a multiply-add."""
-    return _multiply_adds(pieces, weight, fc_weight, out_shape)
+    combined = 0 if fc_weight is None else fc_weight[0] * pieces.numel()
+    return 2 * (weight[1:].numel() * out_shape.numel() + combined)
 
 
 @register_flop_formula(torch.ops.acmix.shift_convolution_backward)
-def _flops_backward(
-    grad_out: torch.Size,
-    pieces: torch.Size,
-    weight: torch.Size,
-    stride: int,
-    dilation: int,
-    fc_weight: torch.Size | None = None,
-    **_: Any,
-) -> int:
+def _flops_backward(grad_out: torch.Size, *others: Any, **_: Any) -> int:
     """As many for the gradients of what is convolved and combined and for those of the weights."""
-    return 2 * _multiply_adds(pieces, weight, fc_weight, grad_out)
-
-
-def _multiply_adds(
-    pieces: torch.Size, weight: torch.Size, fc_weight: torch.Size | None, out: torch.Size
-) -> int:
-    combined = 0 if fc_weight is None else fc_weight[0] * pieces.numel()
-    return 2 * (weight[1:].numel() * out.numel() + combined)
+    return 2 * _flops(*others, out_shape=grad_out)

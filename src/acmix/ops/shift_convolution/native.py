@@ -1,4 +1,4 @@
-"""The folded convolution path by the C++ kernel for the CPU (src/acmix/csrc/shift.h).
+"""The folded convolution path by the C++ kernel for the CPU (src/acmix/csrc).
 
 Pieces in float32, bfloat16 or float16 and any strides, with weight and arithmetic in float32.
 """
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from acmix.ops import _native
-from acmix.ops._native import why_not
-from acmix.ops.shift_convolution._fused import empty_gradients, empty_output, forward
+from acmix.ops._native import float_sums, floats, why_not, write_sums
+from acmix.ops.shift_convolution._fused import convolve, empty_gradients, empty_output
+from acmix.ops.shift_convolution.reference import dense
 
-__all__ = ["forward", "why_not"]
+__all__ = ["convolve", "dense", "why_not"]
+
+OPAQUE = True
 
 
 @torch.library.impl("acmix::shift_convolution", "cpu")
@@ -20,9 +23,7 @@ def _forward(
     pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc_weight: Tensor | None = None
 ) -> Tensor:
     out = empty_output(pieces, weight, stride)
-    _native.shift_forward(
-        pieces, _floats(weight), stride, dilation, out, False, _floats_or_none(fc_weight)
-    )
+    _native.shift_forward(pieces, floats(weight), stride, dilation, out, False, floats(fc_weight))
     return out
 
 
@@ -36,30 +37,9 @@ def _backward(
     fc_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = empty_gradients(pieces, weight, fc_weight)
-    grad_weight, grad_fc = (
-        None if x is None else torch.empty(x.shape) for x in (weight, fc_weight)
-    )
-    _native.shift_backward(
-        grad_out,
-        pieces,
-        _floats(weight),
-        stride,
-        dilation,
-        grads[0],
-        grad_weight,
-        False,
-        _floats_or_none(fc_weight),
-        grad_fc,
-    )
-    for to, floats in zip(grads[1:], (grad_weight, grad_fc), strict=True):
-        if floats is not None:
-            to.copy_(floats)
+    sums = float_sums(weight, fc_weight)
+    weights = floats(weight), stride, dilation
+    fc = floats(fc_weight), sums[1]
+    _native.shift_backward(grad_out, pieces, *weights, grads[0], sums[0], False, *fc)
+    write_sums(grads[1:], sums)
     return grads
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous()
-
-
-def _floats_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _floats(tensor)

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from acmix.ops import _library, _trial
 from acmix.ops.weighted_aggregation import reference
 
+OPAQUE = True
+
 _library.define(
     "weighted_aggregation",
     "(Tensor weight, Tensor v, SymInt window, SymInt stride, SymInt dilation) -> Tensor",
@@ -61,14 +63,12 @@ def empty_output(weight: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("acmix::weighted_aggregation")
-def _fake(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:
+def _fake(weight: Tensor, v: Tensor, *_: Any) -> Tensor:
     return empty_output(weight, v)
 
 
 @torch.library.register_fake("acmix::weighted_aggregation_backward")
-def _fake_backward(
-    grad_out: Tensor, weight: Tensor, v: Tensor, window: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad_out: Tensor, weight: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(v)
 
 

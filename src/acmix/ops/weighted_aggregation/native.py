@@ -14,6 +14,8 @@ from acmix.ops.weighted_aggregation._fused import empty_output, forward
 
 __all__ = ["forward", "why_not"]
 
+OPAQUE = True
+
 
 @_library.register_cpu("weighted_aggregation")
 def _forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from acmix.ops import _checks
+from acmix.ops._autocast import autocast
 from acmix.ops._dispatch import choose
-from acmix.ops._library import autocast
 from acmix.ops._windows import output_size
 from acmix.ops.window_attention import _fused, native, reference, tiled
 

@@ -19,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from acmix.ops import _library, _trial
 from acmix.ops.window_attention import reference
 
+OPAQUE = True
+
 _library.define(
     "window_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? bias, Tensor? position, Tensor? alpha, "
@@ -54,7 +56,7 @@ def forward(
     if isinstance(alpha, Tensor):
         factor = alpha
     elif alpha != 1:
-        factor = q.new_full((), alpha, dtype=torch.float32)
+        factor = q.new_full((1,), alpha, dtype=torch.float32)
     sizes = window, stride, dilation
     return torch.ops.acmix.window_attention(q, k, v, base, bias, position, factor, *sizes)[0]
 
@@ -98,18 +100,7 @@ def empty_gradients(
 
 
 @torch.library.register_fake("acmix::window_attention")
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    base: Tensor | None,
-    bias: Tensor | None,
-    position: Tensor | None,
-    alpha: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(q, v)
 
 
@@ -121,10 +112,7 @@ def _fake_backward(
     v: Tensor,
     position: Tensor | None,
     alpha: Tensor | None,
-    lse: Tensor,
-    window: int,
-    stride: int,
-    dilation: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return empty_gradients(q, k, v, position, alpha)
 

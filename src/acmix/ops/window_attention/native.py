@@ -5,14 +5,15 @@ float32, bfloat16 and float16 tensors of any strides, with arithmetic in float32
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from acmix.ops import _library, _native
-from acmix.ops._native import why_not
+from acmix.ops._native import float_sums, floats, why_not, write_sums
 from acmix.ops.window_attention._fused import empty_gradients, empty_outputs, forward
 
 __all__ = ["forward", "why_not"]
+
+OPAQUE = True
 
 
 @_library.register_cpu("window_attention")
@@ -30,7 +31,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(q, v)
     sizes = window, stride, dilation
-    _native.attention_forward(q, k, v, _floats(position), *sizes, out, lse, _floats(alpha))
+    _native.attention_forward(q, k, v, floats(position), *sizes, out, lse, floats(alpha))
     for term in (base, bias):
         if term is not None:
             out.add_(term)
@@ -50,30 +51,22 @@ def _backward(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = grad_q, grad_k, grad_v, *small = empty_gradients(q, k, v, position, alpha)
-    sums = [None if x is None else torch.empty(x.shape) for x in (position, alpha)]
+    grads = *maps, grad_position, grad_alpha = empty_gradients(q, k, v, position, alpha)
+    sums = float_sums(position, alpha)
     _native.attention_backward(
         grad_out,
         q,
         k,
         v,
-        _floats(position),
+        floats(position),
         lse,
         window,
         stride,
         dilation,
-        grad_q,
-        grad_k,
-        grad_v,
+        *maps,
         sums[0],
-        _floats(alpha),
+        floats(alpha),
         sums[1],
     )
-    for to, floats in zip(small, sums, strict=True):
-        if floats is not None:
-            to.copy_(floats)
+    write_sums((grad_position, grad_alpha), sums)
     return grads
-
-
-def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()

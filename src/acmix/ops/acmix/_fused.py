@@ -1,7 +1,10 @@
-"""`torch.ops.acmix.stage2`: both paths and their mix as one operator with a kernel a device.
+"""`torch.ops.acmix.stage2`: both paths of the same pieces and their mix as one operator, by the
+CPU kernel alone so far.
 
-Kept for the backward pass: the pieces and the log2-sum-exp2 of every window. Neither path's output
-is: the gradient of alpha comes from what the attention's backward pass sums for each query anyway.
+Done apart, the two paths leave two maps to be added, and autograd joins the gradients of q, k, v
+and of the convolution's pieces in copies of the size of all of them. The backward pass keeps the
+pieces and the log2-sum-exp2 of every window. It needs the output of neither path: the gradient of
+alpha comes from what attention's backward pass sums for each query anyway.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ _library.define(
 _library.register_autocast("stage2", tensors=1)
 
 
-def forward(
+def stage2(
     pieces: Tensor,
     position: Tensor | None,
     weight: Tensor,
@@ -43,7 +46,7 @@ def forward(
     if isinstance(alpha, Tensor):
         factor = alpha
     elif alpha != 1:
-        factor = weight.new_full((), alpha)
+        factor = weight.new_full((1,), alpha)
     return torch.ops.acmix.stage2(pieces, position, weight, factor, window, stride, dilation)[0]
 
 
@@ -67,13 +70,7 @@ def empty_gradients(
 
 @torch.library.register_fake("acmix::stage2")
 def _fake(
-    pieces: Tensor,
-    position: Tensor | None,
-    weight: Tensor,
-    alpha: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
+    pieces: Tensor, position: Any, weight: Tensor, alpha: Any, window: int, stride: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_outputs(pieces, weight, stride)
 
@@ -85,10 +82,7 @@ def _fake_backward(
     position: Tensor | None,
     weight: Tensor,
     alpha: Tensor | None,
-    lse: Tensor,
-    window: int,
-    stride: int,
-    dilation: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_gradients(pieces, position, weight, alpha)
 

@@ -1,9 +1,8 @@
-"""Stage II in one step against its two paths apart."""
+"""ACmix as a function, and Stage II in one operator against its two paths apart."""
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import acmix
 from acmix.ops import _native
-from acmix.ops.stage2 import native, reference
+from acmix.ops.acmix._fused import stage2
+from acmix.ops.shift_convolution.folded import convolve
+from acmix.ops.window_attention import reference
 
 needs_kernel = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 OPERATOR = torch.ops.acmix.stage2
@@ -57,13 +58,25 @@ def make_inputs(
     ]
 
 
-def run(module: ModuleType, shape: Shape) -> Callable[..., Tensor]:
-    return lambda *x: module.forward(*x, *shape[2:])
+def apart(
+    pieces: Tensor, position: Tensor | None, weight: Tensor, alpha: Tensor | float, *sizes: int
+) -> Tensor:
+    """The two paths one after the other, and their sum."""
+    _, stride, dilation = sizes
+    q, k, v = pieces.chunk(3, 1)
+    q = q[..., ::stride, ::stride]
+    attention = reference.forward(q, k, v, position, *sizes).flatten(1, 2)
+    channels = pieces.transpose(1, 2).flatten(1, 2)
+    return alpha * attention + convolve(channels, weight, stride, dilation, groups=pieces.shape[2])
+
+
+def run(operator: Callable[..., Tensor], shape: Shape) -> Callable[..., Tensor]:
+    return lambda *x: operator(*x, *shape[2:])
 
 
 def check(shape: Shape, inputs: list[Tensor], tolerance: float) -> None:
-    actual = outputs_and_gradients(run(native, shape), inputs)
-    expected = outputs_and_gradients(run(reference, shape), [x.double() for x in inputs])
+    actual = outputs_and_gradients(run(stage2, shape), inputs)
+    expected = outputs_and_gradients(run(apart, shape), [x.double() for x in inputs])
     assert_all_close(actual, expected, tolerance)
 
 
@@ -109,11 +122,11 @@ def test_without_alpha_and_position(stride: int) -> None:
     for alpha in (1.0, 0.25):
         results = [
             outputs_and_gradients(
-                lambda p, w, m=module, a=alpha: m.forward(p, None, w, a, *shape[2:]), inputs
+                lambda p, w, m=module, a=alpha: m(p, None, w, a, *shape[2:]), inputs
             )
             for module, inputs in (
-                (native, [pieces, weight]),
-                (reference, [pieces.double(), weight.double()]),
+                (stage2, [pieces, weight]),
+                (apart, [pieces.double(), weight.double()]),
             )
         ]
         assert_all_close(*results, TOLERANCE[torch.float32])
@@ -129,7 +142,7 @@ def test_strided_and_expanded_inputs() -> None:
     ):
         grad = torch.ones(()).expand(2, 6, 9, 10)
         results = []
-        for module, cast in ((native, torch.Tensor.float), (reference, torch.Tensor.double)):
+        for module, cast in ((stage2, torch.Tensor.float), (apart, torch.Tensor.double)):
             leaves = [cast(x).requires_grad_() for x in (pieces, *small)]
             out = run(module, shape)(*leaves)
             results.append([out.detach(), *torch.autograd.grad(out, leaves, cast(grad))])
@@ -140,7 +153,7 @@ def test_strided_and_expanded_inputs() -> None:
 def test_empty_batch() -> None:
     shape = (5, 6, 3, 1, 1)
     inputs = make_inputs(shape, batch=0)
-    out, _, *small = outputs_and_gradients(run(native, shape), inputs)
+    out, _, *small = outputs_and_gradients(run(stage2, shape), inputs)
     assert out.shape == (0, 12, 5, 6)
     assert all(torch.equal(x, torch.zeros_like(x)) for x in small)
 
@@ -154,8 +167,8 @@ def test_poisoned_memory(shape: Shape, threads: None) -> None:
         for layout in LAYOUTS:
             large = (30, 30, 9, 1, 1)
             nan = [x * math.nan for x in make_inputs(large)]
-            outputs_and_gradients(run(native, large), nan)
-            actual = outputs_and_gradients(run(native, shape), make_inputs(shape, layout=layout))
+            outputs_and_gradients(run(stage2, large), nan)
+            actual = outputs_and_gradients(run(stage2, shape), make_inputs(shape, layout=layout))
             assert all(x.isfinite().all() for x in actual)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -171,7 +184,7 @@ def test_threads_agree_to_the_bit(stride: int, layout: str, threads: None) -> No
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(outputs_and_gradients(run(native, shape), inputs))
+            results.append(outputs_and_gradients(run(stage2, shape), inputs))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -193,7 +206,7 @@ def test_opcheck(layout: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(dynamic: bool) -> None:
     def function(*inputs: Tensor) -> Tensor:
-        return native.forward(inputs[0] * 2, *inputs[1:], 3, 1, 1) + 1
+        return stage2(inputs[0] * 2, *inputs[1:], 3, 1, 1) + 1
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in [(6, 7), (9, 12)]:
@@ -207,9 +220,9 @@ def test_autocast() -> None:
     shape = (6, 7, 3, 1, 1)
     inputs = make_inputs(shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = run(native, shape)(*inputs)
+        out = run(stage2, shape)(*inputs)
     assert out.dtype == torch.bfloat16
-    assert_all_close([out], [run(reference, shape)(*inputs)], TOLERANCE[torch.bfloat16])
+    assert_all_close([out], [run(apart, shape)(*inputs)], TOLERANCE[torch.bfloat16])
 
 
 @needs_kernel
@@ -217,7 +230,7 @@ def test_flop_formulas() -> None:
     shape = (6, 7, 3, 1, 1)
     inputs = [x.requires_grad_() for x in make_inputs(shape)]
     with FlopCounterMode(display=False) as counter:
-        out = run(native, shape)(*inputs)
+        out = run(stage2, shape)(*inputs)
         out.sum().backward()
     attention, convolution = (2 + 5) * 2 * 9, 3 * 2 * 12 * 9
     assert counter.get_total_flops() == (attention + convolution) * out.numel()
