@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import acmix
+from acmix import ops
 from acmix.ops import _native, backends, shift_convolution, weighted_aggregation, window_attention
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]
@@ -89,6 +90,7 @@ def operator_cases(channels: int, size: int) -> Iterator[Case]:
     position = torch.randn(channels // HEADS, 2)
     weight = torch.randn(BATCH, channels // 8, WINDOW**2, size, size)
     pieces = torch.randn(BATCH, channels // HEADS, 3 * HEADS, size, size).transpose(1, 2)
+    qkv = torch.randn(3 * channels, channels), torch.randn(3 * channels)
     fc, shift = torch.randn(9, 3 * HEADS), torch.randn(channels, 9, 3, 3)
     operators: dict[str, tuple[Callable[..., Tensor], list[Tensor], dict[str, object]]] = {
         "window_attention": (
@@ -96,6 +98,7 @@ def operator_cases(channels: int, size: int) -> Iterator[Case]:
             [q, k, v, position],
             {"heads": HEADS, "window": WINDOW},
         ),
+        "acmix": (ops.acmix, [v, *qkv, position, fc, shift], {"heads": HEADS, "window": WINDOW}),
         "weighted_aggregation": (weighted_aggregation, [weight, v], {"window": WINDOW}),
     }
     bytes_ = v.numel() * v.element_size()

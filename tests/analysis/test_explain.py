@@ -76,7 +76,9 @@ def test_weights_sum_to_one(name):
 
 def test_weights_are_the_softmax_over_the_window():
     layer = acmix.ACmix2d(8, 16, kernel_att=3, position=False, **DOUBLE)
-    q, k, _ = layer._project(IMAGE).chunk(3, 1)
+    [(weight, bias)] = layer._projections()
+    pieces = torch.einsum("jci,bihw->bjchw", weight, IMAGE) + bias[..., None, None]
+    q, k, _ = pieces.chunk(3, 1)
     logits = torch.einsum("nd,ndhw->nhw", q[0, ..., 4, 5], k[0, ..., 3:6, 4:7]) * 4**-0.5
     weights = attention_weights(layer, (4, 5), IMAGE)
     torch.testing.assert_close(weights[:, 3:6, 4:7], logits.flatten(1).softmax(1).view(4, 3, 3))

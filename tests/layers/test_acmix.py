@@ -413,7 +413,7 @@ def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.ones(8, 5, 5), ValueError, r"x: expected 4 dimensions .* got 3 with shape"),
+        (torch.ones(5, 5), ValueError, r"x: expected 4 dimensions .* got 2 with shape"),
         (torch.ones(1, 7, 5, 5), ValueError, "x: expected 8 channels, got 7"),
         (
             torch.ones(1, 8, 5, 5).int(),

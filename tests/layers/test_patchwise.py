@@ -242,7 +242,7 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("x", "error"),
     [
-        (torch.zeros(8, 4, 5), ValueError),
+        (torch.zeros(4, 5), ValueError),
         (torch.zeros(1, 9, 4, 5), ValueError),
         (torch.zeros(1, 8, 0, 5), ValueError),
         (torch.zeros(1, 8, 4, 5, dtype=torch.int64), TypeError),

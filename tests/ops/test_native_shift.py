@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from acmix.ops import _native
-from acmix.ops.shift_convolution import folded, native, reference
+from acmix.ops import _native, shift_convolution
+from acmix.ops.shift_convolution import folded, reference
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 OPERATOR = torch.ops.acmix.shift_convolution
@@ -179,13 +179,14 @@ def test_forward_is_the_reference(stride: int, dilation: int, bias: bool) -> Non
     """With fc, its bias, and the gradients through the fold."""
     inputs = [torch.randn(2, 6, 4, 7, 9), torch.randn(9, 6), torch.randn(8, 9, 3, 3)]
     inputs += [torch.randn(9)] if bias else []
-    fill = [] if bias else [None]
+
+    def path(backend: str) -> Callable[..., Tensor]:
+        sizes = {"stride": stride, "dilation": dilation, "backend": backend}
+        return lambda *x: shift_convolution(*x[:3], fc_bias=x[3] if bias else None, **sizes)
+
     results = [
-        outputs_and_gradients(
-            lambda *x, m=module: m.forward(*x, *fill, stride, dilation),
-            [cast(x) for x in inputs],
-        )
-        for module, cast in ((native, torch.Tensor.float), (reference, torch.Tensor.double))
+        outputs_and_gradients(path(backend), [cast(x) for x in inputs])
+        for backend, cast in (("native", Tensor.float), ("reference", Tensor.double))
     ]
     assert_all_close(*results, TOLERANCE[torch.float32])
 
@@ -306,7 +307,7 @@ def test_opcheck(layout: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(dynamic: bool) -> None:
     def function(pieces: Tensor, fc: Tensor, shift: Tensor) -> Tensor:
-        return native.forward(pieces * 2, fc, shift, None, 1, 1) + 1
+        return shift_convolution(pieces * 2, fc, shift, backend="native") + 1
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in [(6, 7), (9, 12)]:
@@ -318,7 +319,7 @@ def test_compile(dynamic: bool) -> None:
 def test_autocast_keeps_the_weight() -> None:
     inputs = [torch.randn(2, 6, 4, 5, 7), torch.randn(9, 6), torch.randn(8, 9, 3, 3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = native.forward(*inputs, None, 1, 1)
+        out = shift_convolution(*inputs, backend="native")
     assert out.dtype == torch.bfloat16
     rounded = [inputs[0].bfloat16().double(), inputs[1].double(), inputs[2].double()]
     assert_all_close([out], [reference.forward(*rounded, None, 1, 1)], 4e-3)
@@ -338,7 +339,7 @@ def test_the_form_with_fewer_operations_runs(heads: int, apart: bool) -> None:
     inputs += [torch.randn(9, 3 * heads), torch.randn(3 * heads, 9, 3, 3)]
     inputs = [x.requires_grad_() for x in inputs]
     with FlopCounterMode(display=False) as counter:
-        out = native.forward(*inputs, None, 1, 1)
+        out = shift_convolution(*inputs, backend="native")
     folded_cost, cost = 9 * 3 * heads * heads, 9 * 3 * heads + 81 * heads
     assert apart == (cost < folded_cost)
     fold = 0 if apart else 2 * inputs[2].numel() * 3 * heads

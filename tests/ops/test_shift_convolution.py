@@ -74,8 +74,10 @@ def test_dense_fold_has_the_exact_border(
         pieces = torch.einsum("jci,bihw->bjchw", weight, x) + bias[:, :, None, None]
         return reference.forward(pieces, *fold, stride, dilation)
 
-    def dense(*inputs: Tensor) -> Tensor:
-        return folded.forward_dense(*inputs, stride, dilation)
+    def dense(x: Tensor, weight: Tensor, bias: Tensor, *fold: Tensor) -> Tensor:
+        kernel, taps = folded.fold_dense([(weight, bias)], *fold)
+        out = folded.convolve(x, kernel, stride, dilation)
+        return out + folded.border_bias(taps, out, x, stride, dilation)
 
     inputs = [x, weight, bias, fc, shift, fc_bias]
     expected = outputs_and_gradients(two_steps, inputs)

@@ -104,8 +104,10 @@ class FoldedPath(nn.Module):
     def __init__(self, weights: Folded, like: Tensor, backend: str = "auto") -> None:
         """The parameters take the dtype of `like`."""
         super().__init__()
+        assert weights.kernel is not None
         self.weight = constant(weights.kernel, like)
-        self.fc_weight, self.taps = constant(weights.fc_weight, like), constant(weights.taps, like)
+        self.fc_weight = constant_or_none(weights.fc_weight, like)
+        self.taps = constant_or_none(weights.taps, like)
         self.dense, self.backend = weights.dense, backend
 
     def weights(self) -> Folded:
@@ -140,7 +142,8 @@ def fold_path(
 def scaled_kernels(layer: ConvolutionPath, scale: Tensor | None) -> Tensor:
     """scale * the kernels, (C, k^2, k, k); tensor shifts are kernels, too."""
     shift, like = layer.shift, layer.fc_weight
-    kernels = shift.kernels(like) if not isinstance(shift, TensorShift) else shift.as_kernels(like)
+    kernels = shift.as_kernels(like) if isinstance(shift, TensorShift) else shift.kernels(like)
+    assert kernels is not None
     return wide(kernels) if scale is None else scale[:, None, None, None] * wide(kernels)
 
 
@@ -154,7 +157,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-def constant(tensor: Tensor | None, like: Tensor) -> nn.Parameter | None:
-    if tensor is None:
-        return None
+def constant(tensor: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(like.dtype).contiguous(), requires_grad=False)
+
+
+def constant_or_none(tensor: Tensor | None, like: Tensor) -> nn.Parameter | None:
+    return None if tensor is None else constant(tensor, like)

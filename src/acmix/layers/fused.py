@@ -24,6 +24,7 @@ from acmix.layers.convolution_path import (
     FoldedPath,
     check_kind,
     constant,
+    constant_or_none,
     fold_path,
     scaled_kernels,
     wide,
@@ -42,31 +43,37 @@ torch.fx.wrap("folded_acmix")
 class FusedACmix2d(ACmix2d):
     """`ACmix2d` in inference, in the form for the device that holds it; any form runs on any."""
 
+    bias: nn.Parameter | None
+
     @torch.no_grad()
     def __init__(self, layer: ACmix2d, scale: Tensor | None, shift: Tensor | None) -> None:
         start_as(self, layer)
         like = layer.qkv_weight
         weights = fold(weights_of(layer, scale), self._sizes(), self.backend, like)
-        qkv_bias, path = weights.qkv_bias, weights.path
+        path = weights.path
         if self.has_attention:
             alpha, channels = layer.mix.weights()[0], weights.qkv_bias[: self.out_channels]
             self._scale_v(weights, product(alpha, scale, channels), like.dtype)
-        if shift is not None and path is not None and path.dense:
+        if shift is not None and path is not None and path.taps is not None:
             centre = self.kernel_conv // 2
             path.taps[:, centre, centre] += shift  # this tap is never outside the map
             shift = None
         elif shift is not None and path is None:
-            qkv_bias[-self.out_channels :] += shift  # the weights of a window sum to 1
+            weights.qkv_bias[-self.out_channels :] += shift  # the weights of a window sum to 1
             shift = None
-        self.qkv_weight = constant(weights.qkv_weight, like)
-        self.qkv_bias = constant(qkv_bias, like)
-        self.position_weight = constant(weights.position, like)
+        kept = {
+            "qkv_weight": weights.qkv_weight,
+            "qkv_bias": weights.qkv_bias,
+            "position_weight": weights.position,
+            "bias": shift,
+        }
+        for name, tensor in kept.items():
+            setattr(self, name, constant_or_none(tensor, like))
         self.convolution = None if path is None else FoldedPath(path, like)
-        self.bias = constant(shift, like)
 
     def _scale_v(self, weights: Folded, factor: Tensor, dtype: torch.dtype) -> None:
         """Multiply v, and so attention, by factor (C), in place."""
-        if weights.has_pieces:
+        if weights.has_pieces and weights.path is not None:
             factor = away_from_zero(factor, dtype)
             divide_by_v(weights.path.kernel, factor, self.head_dim)
         by_channel = factor.unflatten(0, (self.heads, self.head_dim)).t()
@@ -114,7 +121,7 @@ class FusedPatchwiseACmix(PatchwiseACmix):
             bias[v] *= factor
         self.conv_w = None if layer.conv_w is None else fuse_weight_layers(layer.conv_w)
         self.qkv_weight, self.qkv_bias = constant(weight, like), constant(bias, like)
-        self.bias = constant(shift, like)
+        self.bias = constant_or_none(shift, like)
 
     def forward(self, x: Tensor) -> Tensor:
         batch = _checks.as_batch("x", x, self.in_channels)
@@ -205,8 +212,9 @@ def fuse_weight_layers(layers: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*kept).requires_grad_(False)
 
 
-def divide_by_v(kernel: Tensor, factor: Tensor, head_dim: int) -> None:
+def divide_by_v(kernel: Tensor | None, factor: Tensor, head_dim: int) -> None:
     """Undo in the kernel (d * M, J, k, k) that v, the last pieces, is multiplied by factor (C)."""
+    assert kernel is not None
     by_channel = factor.unflatten(0, (-1, head_dim)).t()  # (d, pieces of v)
     pieces = by_channel.shape[1]
     by_group = kernel.unflatten(0, (head_dim, -1))  # (d, M, J, k, k)

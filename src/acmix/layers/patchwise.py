@@ -185,22 +185,21 @@ class PairwiseAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W), or both without B."""
-        if x.dim() == 3:
-            return self(_checks.as_batch("x", x, self.in_channels))[0]
-        _checks.check_map("x", x, self.in_channels)
-        check_kind(self, x)
-        batch, _, height, width = x.shape
-        columns = unit_coordinate(width, x).expand(height, width)
-        rows = unit_coordinate(height, x)[:, None].expand(height, width)
+        maps = _checks.as_batch("x", x, self.in_channels)
+        check_kind(self, maps)
+        batch, _, height, width = maps.shape
+        columns = unit_coordinate(width, maps).expand(height, width)
+        rows = unit_coordinate(height, maps)[:, None].expand(height, width)
         positions = self.conv_p(torch.stack([columns, rows])[None]).expand(batch, -1, -1, -1)
-        q, k, v = project_together(x, self.conv1, self.conv2, self.conv3)
+        q, k, v = project_together(maps, self.conv1, self.conv2, self.conv3)
         queries = torch.cat([q, positions], 1)
         keys = torch.cat([k, positions], 1)
         apart = queries[:, :, None] - windows(keys, self.kernel_att)
         weight = self.conv_w(apart.flatten(3)).softmax(2).unflatten(3, (height, width))
-        return weighted_aggregation(
+        out = weighted_aggregation(
             weight.to(v.dtype), v, window=self.kernel_att, backend=self.backend
         )
+        return out if x.dim() == 4 else out[0]
 
     def extra_repr(self) -> str:
         return (

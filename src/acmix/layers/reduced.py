@@ -116,13 +116,13 @@ class ReducedACmix(ConvolutionPath):
         _checks.check_dtype("x", x)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x: expected (B, L, {self.dim}), got shape {tuple(x.shape)}")
-        check_kind(self, x)
         extra = x.shape[1] - size[0] * size[1]
         if extra not in ((0, 1) if self.sr is None else (0,)):
             one_more = ", or one more" if self.sr is None else ""
             raise ValueError(
                 f"x: expected {size[0]} * {size[1]} tokens{one_more}, got {x.shape[1]}"
             )
+        check_kind(self, x)
         return extra
 
     def _reduced(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -45,6 +46,8 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 def check_map(name: str, tensor: Tensor, channels: int | None = None) -> None:
     """A floating-point (B, C, H, W) tensor with H, W >= 1 and, where given, C channels."""
+    if isinstance(tensor, Proxy):
+        return  # a trace of torch.fx knows no shapes
     check_dtype(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(

@@ -94,9 +94,9 @@ def _any(weights: Weights | Folded) -> Tensor:
     """A tensor of the weights; of a convolution alone its kernel."""
     if weights.qkv_weight is not None:
         return weights.qkv_weight
-    assert isinstance(weights, Folded) and weights.path is not None
-    assert weights.path.kernel is not None
-    return weights.path.kernel
+    kernel = weights.path.kernel if isinstance(weights, Folded) and weights.path else None
+    assert kernel is not None
+    return kernel
 
 
 def _check_weights(weights: Weights, sizes: Sizes) -> None:

@@ -31,7 +31,8 @@ def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:
 
 
 def _attend(q: Tensor, *others: Any) -> Tensor:
-    """With the other path and its bias, (.., C, Ho, Wo), head by head as the kernel takes them."""
-    *inputs, path, alpha, bias = others
+    """The kernel takes the other path and its bias, (., C, Ho, Wo), head by head."""
+    k, v, position, window, stride, dilation, path, alpha, bias = others
     path, bias = (x if x is None else x.unflatten(1, q.shape[1:3]) for x in (path, bias))
-    return attention.forward(q, *inputs, path, alpha, bias).flatten(1, 2)
+    sizes = window, stride, dilation
+    return attention.forward(q, k, v, position, *sizes, path, alpha, bias).flatten(1, 2)

@@ -84,8 +84,8 @@ def shift_convolution(
     if implementation is reference:
         return reference.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
     repeats = channels // pieces.shape[2]
-    weights = _path.fold([], fc_weight, shift_weight, fc_bias, dense=False, repeats=repeats)
-    return _run(weights, implementation, lambda dense: pieces, stride, dilation)
+    path = _path.fold([], fc_weight, shift_weight, fc_bias, dense=False, repeats=repeats)
+    return _run(path, implementation, lambda dense: pieces, stride, dilation)
 
 
 def convolve_projections(

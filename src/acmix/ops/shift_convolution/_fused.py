@@ -50,7 +50,12 @@ def _fake(pieces: Tensor, weight: Tensor, stride: int, *_: Any) -> Tensor:
 
 @torch.library.register_fake("acmix::shift_convolution_backward")
 def _fake_backward(
-    grad_out: Tensor, pieces: Tensor, weight: Tensor, stride: int, dilation: int, fc: Tensor | None
+    grad_out: Tensor,
+    pieces: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    fc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(pieces, weight, fc)
 
@@ -82,22 +87,27 @@ _library.refuse_second_derivative("shift_convolution_backward")
 
 @register_flop_formula(torch.ops.acmix.shift_convolution)
 def _flops(
+    pieces: torch.Size, weight: torch.Size, *sizes: Any, out_shape: torch.Size, **fc: Any
+) -> int:
+    """k^2 taps of each input for every output and, where fc is apart, each input from the pieces; 2
+    operations a multiply-add."""
+    return _operations(out_shape, pieces, weight, *sizes, **fc)
+
+
+@register_flop_formula(torch.ops.acmix.shift_convolution_backward)
+def _flops_backward(grad_out: torch.Size, *inputs: Any, **more: Any) -> int:
+    """As many for the gradients of what is convolved and combined and for those of the weights."""
+    return 2 * _operations(grad_out, *inputs, **more)
+
+
+def _operations(
+    out: torch.Size,
     pieces: torch.Size,
     weight: torch.Size,
     stride: int,
     dilation: int,
     fc_weight: torch.Size | None = None,
-    *,
-    out_shape: torch.Size,
     **_: Any,
 ) -> int:
-    """k^2 taps of each input for every output and, where fc is apart, each input from the pieces; 2
-    operations a multiply-add."""
     combined = 0 if fc_weight is None else fc_weight[0] * pieces.numel()
-    return 2 * (weight[1:].numel() * out_shape.numel() + combined)
-
-
-@register_flop_formula(torch.ops.acmix.shift_convolution_backward)
-def _flops_backward(grad_out: torch.Size, *others: Any, **_: Any) -> int:
-    """As many for the gradients of what is convolved and combined and for those of the weights."""
-    return 2 * _flops(*others, out_shape=grad_out)
+    return 2 * (weight[1:].numel() * out.numel() + combined)

@@ -51,7 +51,7 @@ def _backward(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = *maps, grad_position, grad_alpha = empty_gradients(q, k, v, position, alpha)
+    grads = grad_q, grad_k, grad_v, *small = empty_gradients(q, k, v, position, alpha)
     sums = float_sums(position, alpha)
     _native.attention_backward(
         grad_out,
@@ -63,10 +63,12 @@ def _backward(
         window,
         stride,
         dilation,
-        *maps,
+        grad_q,
+        grad_k,
+        grad_v,
         sums[0],
         floats(alpha),
         sums[1],
     )
-    write_sums((grad_position, grad_alpha), sums)
+    write_sums(small, sums)
     return grads
