@@ -11,6 +11,7 @@ from acmix.layers.convolution_path import ConvolutionPath, check_kind
 from acmix.layers.mix import MIXES, weigh
 from acmix.layers.shift import check_shift
 from acmix.ops import _checks
+from acmix.ops._dispatch import why_portable
 from acmix.ops.shift_convolution import Projection
 
 
@@ -141,7 +142,11 @@ class ReducedACmix(ConvolutionPath):
         q = q.unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)
         k, v = kv.unflatten(2, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if why_portable():  # PyTorch's own has no forward-mode derivative
+            weights = (q @ k.mT * self.head_dim**-0.5).softmax(-1)
+            out = F.dropout(weights, dropout) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return out.transpose(1, 2).flatten(2)
 
     def _path(
