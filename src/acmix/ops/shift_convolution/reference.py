@@ -1,10 +1,15 @@
 """The convolution path step by step, as the paper describes it (Sec. 4.2): a linear map `fc` over
-the pieces of a channel, then a group convolution that shifts and sums its k^2 results.
+the pieces of a channel, then a group convolution that shifts and sums its k^2 results, as a sum
+over its taps.
 
 Half-precision tensors are computed in float32.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +33,13 @@ def forward(
 ) -> Tensor:
     """pieces (B, J, d, H, W), fc_weight (k^2, J), shift_weight (C, k^2, k, k) -> (B, C, Ho, Wo)."""
     features = project(pieces, fc_weight, fc_bias)
+    kernels = shift_weight.to(features.dtype).unflatten(0, (pieces.shape[2], -1))
+    out = torch.zeros((), dtype=features.dtype, device=features.device)
     with without_autocast(pieces):
-        out = convolve(features, shift_weight.to(features.dtype), None, stride, dilation)
-    return out.to(dtype_of_kernels(pieces))
+        for (row, column), shifted in shifts(features, shift_weight.shape[-1], stride, dilation):
+            kernel = kernels[..., row, column]  # (d, M, k^2)
+            out = out + torch.einsum("cmt,btchw->bcmhw", kernel, shifted)
+    return out.flatten(1, 2).to(dtype_of_kernels(pieces))
 
 
 def convolve(
@@ -53,15 +62,25 @@ def shift_tensors(
 ) -> Tensor:
     """The same with the kernels at their shift start, as slices: no kernel, no convolution."""
     features = project(pieces, fc_weight, fc_bias)
-    height, width = features.shape[-2:]
-    side = int(features.shape[1] ** 0.5)
-    reach = side // 2 * dilation
-    features = F.pad(features, (reach,) * 4)
     out = torch.zeros((), dtype=features.dtype, device=features.device)
-    for tap in range(side * side):
-        top, left = tap // side * dilation, tap % side * dilation
-        out = out + features[:, tap, :, top : top + height : stride, left : left + width : stride]
+    side = math.isqrt(len(fc_weight))
+    for (row, column), shifted in shifts(features, side, stride, dilation):
+        out = out + shifted[:, row * side + column]
     return out.repeat_interleave(out_per_group, 1).to(dtype_of_kernels(pieces))
+
+
+def shifts(
+    features: Tensor, side: int, stride: int, dilation: int
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Each tap of a kernel, and what it sees of (..., H, W), zeros beyond: (..., Ho, Wo)."""
+    height, width = features.shape[-2:]
+    features = F.pad(features, (side // 2 * dilation,) * 4)
+    for row, column in itertools.product(range(side), repeat=2):
+        top, left = row * dilation, column * dilation
+        yield (
+            (row, column),
+            features[..., top : top + height : stride, left : left + width : stride],
+        )
 
 
 def project(pieces: Tensor, fc_weight: Tensor, fc_bias: Tensor | None) -> Tensor:
