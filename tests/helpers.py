@@ -38,7 +38,8 @@ def outputs_and_gradients(
 def weighted_sum(out: Tensor) -> Tensor:
     """A loss. Its weights are no slow wave: sums over the map, as the position weight's gradient,
     would cancel to noise."""
-    weights = torch.arange(out.numel(), dtype=torch.float64).cos().view_as(out)
+    places = torch.arange(out.numel(), dtype=torch.float64, device="cpu")
+    weights = places.cos().view_as(out)
     return (out * weights.to(out)).sum()
 
 

@@ -17,6 +17,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+import acmix
 from acmix import ACmix2d
 from acmix.layers.mix import MIXES
 from acmix.layers.shift import SHIFTS
@@ -474,3 +475,77 @@ def test_every_way_to_project(
         torch.set_num_threads(before)
     wanted = outputs_and_gradients(expected, (x, weight, bias))
     assert_all_close(got, wanted, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("mix", ["learned", "convex"])
+def test_early_checkpoints_have_scalars(mix: str) -> None:
+    layer, fresh = make_layer(mix=mix), make_layer(mix=mix)
+    early = {k: v.squeeze() if k.startswith("mix.") else v for k, v in layer.state_dict().items()}
+    assert early["mix.alpha"].shape == ()
+    fresh.load_state_dict(early)
+    assert fresh.mix.alpha.shape == (1,)
+    assert all(map(torch.equal, fresh.state_dict().values(), layer.state_dict().values()))
+    with torch.device("meta"):
+        assigned = ACmix2d(6, 8, heads=2, kernel_att=5, mix=mix)
+    assigned.load_state_dict(early, assign=True)
+    assert assigned.mix.alpha.shape == (1,)
+    assert early["mix.alpha"].shape == ()  # the caller's own is left alone
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["layer", "fused"])
+@pytest.mark.parametrize("mix", ["learned", "convolution"])
+def test_an_image_without_batch(mix: str, fused: bool) -> None:
+    """As nn.Conv2d takes one."""
+    layer = make_layer(mix=mix, stride=2)
+    layer = acmix.fuse(layer) if fused else layer
+    x = torch.randn(6, 7, 5, dtype=torch.float64)
+    assert torch.equal(layer(x), layer(x[None])[0])
+    assert layer(x).shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["layer", "fused"])
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_trace_of_fx(mix: str, shift: str, fused: bool) -> None:
+    """One call of the operator, of no size."""
+    layer = make_layer(mix=mix, shift=shift)
+    layer = acmix.fuse(layer) if fused else layer
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(layer)))
+    for size in ((7, 5), (1, 9)):
+        x = torch.randn(2, 6, *size, dtype=torch.float64)
+        assert torch.equal(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["layer", "fused"])
+def test_a_trace_of_jit_holds_no_operator_of_ours(fused: bool) -> None:
+    layer = make_layer(dtype=torch.float32)
+    layer = acmix.fuse(layer) if fused else layer.requires_grad_(False)
+    x = torch.randn(2, 6, 7, 5)
+    traced = torch.jit.trace(layer, (x,))
+    assert "acmix::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["layer", "fused"])
+def test_autocast_does_not_join_float64(fused: bool) -> None:
+    layer = acmix.fuse(make_layer()) if fused else make_layer()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(
+            TypeError, match=r"x: expected the dtype of parameters \(torch.float64\), got"
+        ),
+    ):
+        layer(torch.ones(1, 6, 5, 5))
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "auto"])
+def test_dynamic_sizes_in_training(backend: str) -> None:
+    layer = ACmix2d(4, 4, heads=2, kernel_att=3, backend=backend)
+    compiled = torch.compile(layer, dynamic=True)
+    for size in ((5, 6), (9, 7)):
+        results = []
+        for module in (layer, compiled):
+            x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+            out = module(x.requires_grad_())
+            results.append([out, *torch.autograd.grad(weighted_sum(out), x)])
+        assert_all_close(*results, TOLERANCE[torch.float32])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import acmix
+from acmix import ops
 from acmix.ops import _native
 from acmix.ops.acmix._fused import stage2
 from acmix.ops.shift_convolution.folded import convolve
@@ -256,3 +257,85 @@ def test_layer(memory_format: torch.memory_format, stride: int, mix: str) -> Non
         out.backward(seed.to(out.dtype))
         results.append([out.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
     assert_all_close(*results, TOLERANCE[torch.float32])
+
+
+def function_inputs(stride: int = 1) -> tuple[acmix.ACmix2d, dict]:
+    layer = acmix.ACmix2d(6, 8, heads=2, kernel_att=5, stride=stride, dtype=torch.float64)
+    return layer, {
+        "x": torch.randn(2, 6, 7, 5, dtype=torch.float64),
+        "qkv_weight": layer.qkv_weight,
+        "qkv_bias": layer.qkv_bias,
+        "position": layer.position_weight,
+        "fc_weight": layer.fc_weight,
+        "kernels": layer.shift.weight,
+        "alpha": layer.mix.alpha,
+        "beta": layer.mix.beta,
+        "heads": 2,
+        "window": 5,
+        "stride": stride,
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_function_is_the_layer(stride: int, backend: str) -> None:
+    layer, arguments = function_inputs(stride)
+    out = ops.acmix(**arguments, backend=backend)
+    torch.testing.assert_close(out, layer(arguments["x"]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ops.acmix(**{**arguments, "x": arguments["x"][0]}), out[0])
+
+
+def test_factors_and_paths_of_the_function() -> None:
+    """Numbers or tensors; what is None is left out."""
+    _, arguments = function_inputs()
+    attention = ops.acmix(**{**arguments, "alpha": 1.0, "beta": None, "fc_weight": None})
+    convolution = ops.acmix(**{**arguments, "alpha": None, "beta": 1.0, "position": None})
+    for alpha, beta in ((0.3, -2.0), (torch.tensor(0.3).double(), torch.tensor([-2.0]).double())):
+        for backend in ("reference", "tiled"):
+            out = ops.acmix(**{**arguments, "alpha": alpha, "beta": beta, "backend": backend})
+            torch.testing.assert_close(out, 0.3 * attention - 2 * convolution)
+    half = ops.acmix(**{**arguments, "alpha": 0.5, "beta": None})
+    torch.testing.assert_close(half, 0.5 * attention)
+
+
+def test_kernels_of_the_function_may_be_shifts() -> None:
+    _, arguments = function_inputs()
+    kernels = ops.shift_kernels(8, 3, dtype=torch.float64)
+    for backend in ("reference", "tiled"):
+        out = ops.acmix(**{**arguments, "kernels": None, "backend": backend})
+        torch.testing.assert_close(out, ops.acmix(**{**arguments, "kernels": kernels}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(1, 5, 7, 7).double()}, ValueError, "x: expected 6 channels, got 5"),
+        ({"x": torch.ones(7, 7).double()}, ValueError, "x: expected 4 dimensions"),
+        ({"x": torch.ones(1, 6, 7, 7)}, TypeError, "x: expected the dtype of parameters"),
+        (
+            {"qkv_weight": torch.ones(20, 6)},
+            ValueError,
+            r"qkv_weight: expected \(3C, C_in\)",
+        ),
+        ({"qkv_bias": torch.ones(23)}, ValueError, r"qkv_bias: expected shape \(24,\)"),
+        ({"position": torch.ones(8, 2)}, ValueError, r"position: expected shape \(4, 2\)"),
+        ({"fc_weight": None}, ValueError, "fc_weight: expected"),
+        ({"fc_weight": torch.ones(4, 6)}, ValueError, "fc_weight: expected .* with k odd"),
+        ({"fc_weight": torch.ones(9, 7)}, ValueError, r"fc_weight: expected shape \(9, 6\)"),
+        ({"kernels": torch.ones(8, 9, 3, 2)}, ValueError, "kernels: expected shape"),
+        ({"kernels": torch.ones(8, 9, 3, 3)}, TypeError, "kernels: expected the dtype"),
+        ({"qkv_bias": torch.ones(24)}, TypeError, "qkv_bias: expected the dtype"),
+        ({"beta": torch.ones(1, device="meta")}, ValueError, "beta: expected the device"),
+        ({"alpha": torch.ones(2)}, ValueError, "alpha: expected one element"),
+        ({"alpha": None, "beta": None}, ValueError, "alpha, beta: expected one of them"),
+        ({"heads": 5}, ValueError, "qkv_weight: expected .* multiple of heads"),
+        ({"window": 4}, ValueError, "window: expected an odd"),
+        ({"stride": 0}, ValueError, "stride: expected a positive int"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> None:
+    _, arguments = function_inputs()
+    with pytest.raises(error, match=message):
+        ops.acmix(**{**arguments, **change})

@@ -12,6 +12,7 @@ from acmix.layers.mix import MIXES, weigh
 from acmix.layers.shift import check_shift
 from acmix.ops import _checks
 from acmix.ops._dispatch import why_portable
+from acmix.ops._half import convolve_patches
 from acmix.ops.shift_convolution import Projection
 
 
@@ -73,7 +74,7 @@ class ReducedACmix(ConvolutionPath):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.sr: nn.Conv2d | None = None
         if reduction > 1:
-            self.sr = nn.Conv2d(dim, dim, reduction, reduction, device=device, dtype=dtype)
+            self.sr = Reduction(dim, dim, reduction, reduction, device=device, dtype=dtype)
             self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self._create_mix(mix, device, dtype)
         self.proj: nn.Linear | None = None
@@ -186,3 +187,10 @@ class ReducedACmix(ConvolutionPath):
             f"{self.dim}, heads={self.heads}, reduction={self.reduction}, "
             f"kernel_conv={self.kernel_conv}"
         )
+
+
+class Reduction(nn.Conv2d):
+    """A convolution whose stride is its kernel's side, right in half precision too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_patches(x, self.weight, self.bias)

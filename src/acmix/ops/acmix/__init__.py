@@ -66,7 +66,9 @@ def acmix(
     weights = Weights(qkv_weight, qkv_bias, position, fc_weight, kernels, alpha, beta)
     _check_weights(weights, sizes)
     batch = _checks.as_batch("x", x, qkv_weight.shape[1])
-    check_kinds(parameters=qkv_weight, x=batch)
+    convolution = {"fc_weight": fc_weight, "kernels": kernels} if beta is not None else {}
+    given = {name: tensor for name, tensor in convolution.items() if tensor is not None}
+    check_kinds(parameters=qkv_weight, x=batch, qkv_bias=qkv_bias, **given)
     out = _choose(backend, batch, weights, sizes).forward(batch, weights, sizes)
     return out if x.dim() == 4 else out[0]
 
@@ -115,8 +117,8 @@ def _check_weights(weights: Weights, sizes: Sizes) -> None:
         )
     rows = len(qkv_weight)
     _checks.check_shape("qkv_bias", qkv_bias, (rows,))
-    _check_factor("alpha", alpha)
-    _check_factor("beta", beta)
+    _check_factor("alpha", alpha, qkv_weight)
+    _check_factor("beta", beta, qkv_weight)
     if alpha is None and beta is None:
         raise ValueError("alpha, beta: expected one of them at least, got None and None")
     if alpha is not None and position is not None:
@@ -141,6 +143,8 @@ def _check_convolution(
         _checks.check_shape("kernels", kernels, (channels, side * side, side, side))
 
 
-def _check_factor(name: str, factor: Tensor | float | None) -> None:
-    if isinstance(factor, Tensor) and factor.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got shape {tuple(factor.shape)}")
+def _check_factor(name: str, factor: Tensor | float | None, like: Tensor) -> None:
+    if isinstance(factor, Tensor):
+        if factor.numel() != 1:
+            raise ValueError(f"{name}: expected one element, got shape {tuple(factor.shape)}")
+        _checks.check_device(name, factor, "qkv_weight", like)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from acmix.ops._autocast import HALF, dtype_of_kernels, without_autocast
+from acmix.ops import _half
+from acmix.ops._autocast import without_autocast
 
 Projection = tuple[Tensor, Tensor | None]  # to pieces: weight (J, d, C_in) and bias (J, d)
 
@@ -87,10 +87,4 @@ def border_bias(taps: Tensor, out: Tensor, x: Tensor, stride: int, dilation: int
 def convolve(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int = 1) -> Tensor:
     """Convolution with the zero padding that keeps ceil(size / stride) outputs."""
     padding = weight.shape[-1] // 2 * dilation
-    dtype = dtype_of_kernels(x)
-    if x.device.type != "cpu" or dtype not in HALF:
-        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    # PyTorch's own in half precision is wrong on CPUs where its output is one column wide.
-    with without_autocast(x):
-        x, weight = x.float(), weight.float()
-        return F.conv2d(x, weight, None, stride, padding, dilation, groups).to(dtype)
+    return _half.convolve(x, weight, stride, padding, dilation, groups)
