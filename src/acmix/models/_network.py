@@ -6,12 +6,17 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
+from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from acmix.layers import ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix.layers._sizes import pad_to_multiple
 from acmix.ops._checks import check_choice, check_map
+
+for layer in (ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix):
+    register_notrace_module(layer)  # to timm's feature extraction by torch.fx they are one step
 
 
 def default_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -34,6 +39,7 @@ def mixing_weights(model: nn.Module) -> set[str]:
     return {name for name in names if name.endswith((".mix.alpha", ".mix.beta"))}
 
 
+@register_notrace_module
 class PaddedPatchEmbed(PatchEmbed):
     """timm's patch embedding for images of any size, padded by zeros at their end.
 
@@ -50,7 +56,8 @@ class StagedNetwork(nn.Module):
     """timm's interface to a network of stages, whose modules and parameters have the stage's number
     at the end of their names.
 
-    A subclass has `_stages`, `forward_features`, `forward_head` and `reset_classifier`.
+    A subclass has `_stages`, `forward_features`, `forward_head` and `reset_classifier`. The map of
+    a stage goes through the module `out` of its number, where hooks and traces find it.
     """
 
     parts: tuple[str, ...]  # names of what a stage has, without the number

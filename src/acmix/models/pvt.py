@@ -93,7 +93,7 @@ class ACmixPVT(StagedNetwork):
             stage, which has a class token.
     """
 
-    parts, first_stage = ("patch_embed", "pos_embed", "block"), 1
+    parts, first_stage = ("patch_embed", "pos_embed", "block", "out"), 1
 
     def __init__(
         self,
@@ -157,7 +157,8 @@ class ACmixPVT(StagedNetwork):
             ]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             reduction = 4 * 2**index
-            info = {"num_chs": dim, "reduction": reduction, "module": f"block{stage}"}
+            self.add_module(f"out{stage}", nn.Identity())
+            info = {"num_chs": dim, "reduction": reduction, "module": f"out{stage}"}
             self.feature_info.append(info)
         self.pos_drop = nn.Dropout(proj_drop_rate)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dims[-1]))
@@ -239,7 +240,7 @@ class ACmixPVT(StagedNetwork):
             final = index == len(self.grid_sizes) - 1
             normed = self.norm(tokens) if final else tokens
             of_map = (normed if norm else tokens)[:, 1 if final else 0 :]
-            x = of_map.transpose(1, 2).unflatten(2, size)
+            x = self.get_submodule(f"out{index + 1}")(of_map.transpose(1, 2).unflatten(2, size))
             maps.append(x)
             tokens = normed
         return tokens, maps
@@ -252,7 +253,7 @@ class ACmixPVT(StagedNetwork):
         final = index == len(self.grid_sizes) - 1
         if final:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        position = self.get_parameter(f"pos_embed{stage}")
+        position = getattr(self, f"pos_embed{stage}")
         x = self.pos_drop(x + resize_position(position, self.grid_sizes[index], size))
         for block in self.get_submodule(f"block{stage}").children():
             x = self._run_block(block, x, size)
@@ -268,6 +269,9 @@ def check_stages(depths: Sequence[int], *others: Sequence[float]) -> None:
     reductions = others[2]
     if reductions[-1] != 1:
         raise ValueError(f"reductions: expected 1 in the last stage, got {tuple(reductions)}")
+
+
+torch.fx.wrap("resize_position")  # a trace knows no sizes
 
 
 def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -331,7 +335,6 @@ def _create_pvt(variant: str, pretrained: bool, **kwargs: Any) -> ACmixPVT:
 
 def _cfg() -> dict[str, Any]:
     return default_cfg(
-        pool_size=None,
         crop_pct=0.9,
         interpolation="bicubic",
         first_conv="patch_embed1.proj",

@@ -81,7 +81,7 @@ class ACmixSAN(StagedNetwork):
             path has no use for, other than one number a stage, and widths of another multiple.
     """
 
-    parts, first_stage = ("conv", "layer", "bn"), 0
+    parts, first_stage = ("conv", "layer", "bn", "out"), 0
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class ACmixSAN(StagedNetwork):
             self.add_module(f"conv{stage}", nn.Conv2d(before, width, 1, bias=False))
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             self.add_module(f"bn{stage}", nn.BatchNorm2d(width))
-            info = {"num_chs": width, "reduction": 2 ** (stage + 1), "module": f"bn{stage}"}
+            self.add_module(f"out{stage}", nn.Identity())
+            info = {"num_chs": width, "reduction": 2 ** (stage + 1), "module": f"out{stage}"}
             self.feature_info.append(info)
             before = width
         self.head_drop = nn.Dropout(drop_rate)
@@ -167,7 +168,8 @@ class ACmixSAN(StagedNetwork):
         x = self.get_submodule(f"conv{stage}")(self.pool(x))
         for block in self.get_submodule(f"layer{stage}").children():
             x = self._run_block(block, x)
-        return self.relu(self.get_submodule(f"bn{stage}")(x))
+        x = self.relu(self.get_submodule(f"bn{stage}")(x))
+        return self.get_submodule(f"out{stage}")(x)
 
 
 def check_stages(depths: Sequence[int], widths: Sequence[int], kernels: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_module
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
@@ -27,6 +27,11 @@ from acmix.ops._checks import check_choice
 
 PATHS = ("attn", "acmix")
 ACMIX_KWARGS = ("kernel_conv", "mix", "shift", "shift_init", "roll_convolution")
+
+
+@register_notrace_module
+class AttentionBlock(SwinTransformerBlock):
+    """timm's block as one step to timm's feature extraction: its masks depend on the map's size."""
 
 
 class ACmixSwinBlock(nn.Module):
@@ -112,11 +117,14 @@ class ACmixSwin(SwinTransformer):
         kwargs.setdefault("embed_layer", PatchEmbed if strict_img_size else PaddedPatchEmbed)
         super().__init__(strict_img_size=strict_img_size, **kwargs)
         self.path = path
-        if path == "acmix":
-            stage: Any
-            for stage in self.layers:
+        stage: Any
+        for stage in self.layers:
+            if path == "acmix":
                 blocks = (ACmixSwinBlock(block, **(acmix_kwargs or {})) for block in stage.blocks)
                 stage.blocks = nn.Sequential(*blocks)
+            else:
+                for block in stage.blocks:
+                    block.__class__ = AttentionBlock  # timm's network has no say in its blocks
 
     def no_weight_decay(self) -> set[str]:
         """Position biases; alpha and beta."""
