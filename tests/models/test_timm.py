@@ -43,7 +43,7 @@ def last_node(model: nn.Module) -> GraphExtractNet:
 @every_network
 def test_forward_and_backward_through_fx(name: str) -> None:
     model, x = create(name), image()
-    [out] = last_node(model)(x)
+    out = last_node(model)(x)
     torch.testing.assert_close(out, model(x))
     out.square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -52,7 +52,7 @@ def test_forward_and_backward_through_fx(name: str) -> None:
 @every_network
 def test_a_fused_network_through_fx(name: str) -> None:
     model, x = create(name), image()
-    [out] = last_node(acmix.fuse(model))(x)
+    out = last_node(acmix.fuse(model))(x)
     torch.testing.assert_close(out, model(x), rtol=1e-3, atol=1e-4)
 
 
