@@ -53,7 +53,7 @@ clean: ## remove everything that make made, the environment too
 	rm -rf .venv .cache build runs *.egg-info src/*.egg-info src/acmix/_kernel*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py $(wildcard $(CONSTRAINTS) src/acmix/csrc/*)
+$(READY): pyproject.toml setup.py $(wildcard $(CONSTRAINTS) src/acmix/csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
 	  "acmix needs Python 3.10 or newer, found %d.%d: name one with make PYTHON=..." % v[:2])'
 	@if command -v uv >/dev/null; then \

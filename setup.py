@@ -1,7 +1,7 @@
 """Builds the CPU kernel beside the package's metadata in pyproject.toml.
 
-One source is compiled once for each instruction set; the library chooses among them at run time.
-It uses neither Python's headers nor PyTorch's, so that one build serves all versions of both.
+One source, kernels.cpp, is compiled once for each instruction set; the library chooses among them at
+run time. It uses neither Python's headers nor PyTorch's, so that one build serves all versions of both.
 
 ACMIX_NO_NATIVE=1 leaves the kernel out. ACMIX_REQUIRE_NATIVE=1 makes a failed build an error;
 without it the install goes on and `acmix info` says why the kernel is missing.
@@ -50,7 +50,7 @@ def asked(variable: str) -> bool:
 
 
 class BuildKernel(build_ext):
-    """Compiles api.cpp and pool.cpp once, kernel.cpp once for each instruction set."""
+    """Compiles kernels.cpp once for each instruction set, the other sources once."""
 
     def build_extension(self, ext: Extension) -> None:
         reason_file = Path(self.get_ext_fullpath(ext.name)).with_name(REASON_FILE)
@@ -75,18 +75,21 @@ class BuildKernel(build_ext):
     def compile_and_link(self, ext: Extension) -> None:
         msvc = self.compiler.compiler_type == "msvc"
         flags = ["/std:c++17", "/O2"] if msvc else UNIX_FLAGS
-        macros = [("ACMIX_X86_VARIANTS", "1")] if X86 else []
+        kernels = str(CSRC / "simd" / "kernels.cpp")
         objects = self.compiler.compile(
-            [str(CSRC / "api.cpp"), str(CSRC / "pool.cpp")],
+            [source for source in ext.sources if source != kernels],
             output_dir=self.build_temp,
-            macros=macros,
+            macros=[("ACMIX_X86_VARIANTS", "1")] if X86 else [],
+            include_dirs=ext.include_dirs,
             extra_postargs=flags,
+            depends=ext.depends,
         )
         for isa, isa_flags in VARIANTS.items():
             objects += self.compiler.compile(
-                [str(CSRC / "kernel.cpp")],
+                [kernels],
                 output_dir=str(Path(self.build_temp) / isa),
                 macros=[("ACMIX_ISA", isa)],
+                include_dirs=ext.include_dirs,
                 extra_postargs=[*flags, *isa_flags],
                 depends=ext.depends,
             )
@@ -120,8 +123,9 @@ setup(
     ext_modules=[
         Extension(
             "acmix._kernel",
-            sources=[str(p) for p in sorted(CSRC.glob("*.cpp"))],
-            depends=[str(p) for p in sorted(CSRC.glob("*.h"))],
+            sources=[str(p) for p in sorted(CSRC.glob("*/*.cpp"))],
+            depends=[str(p) for p in sorted(CSRC.glob("*/*.h"))],
+            include_dirs=[str(CSRC)],
             language="c++",
             py_limited_api=True,
         )

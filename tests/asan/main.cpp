@@ -8,7 +8,9 @@
 #include <memory>
 #include <random>
 
-#include "job.h"
+#include "partition_attention/job.h"
+#include "shift_convolution/job.h"
+#include "sliding/job.h"
 
 using acmix::PartitionProblem;
 using acmix::Problem;

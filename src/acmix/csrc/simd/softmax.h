@@ -1,7 +1,7 @@
-// Softmax over taps, N queries side by side, in powers of 2. Only for kernel.cpp, see vec.h.
+// Softmax over taps, N queries side by side, in powers of 2. Only for kernels, see vec.h.
 #pragma once
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace {
 

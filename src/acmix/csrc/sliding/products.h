@@ -1,12 +1,13 @@
 // The two products of windowed attention over N consecutive queries, for R rows and T taps at once.
-// Only for kernel.cpp, see vec.h.
+// Only for kernels, see vec.h.
 //
 // A neighbour's vector mostly crosses a cache line, so that its load costs two; each one loaded is
 // used for R rows. R x T accumulators, R queries and one neighbour fill the registers.
 #pragma once
 
-#include "job.h"
-#include "vec.h"
+#include "common/job.h"
+#include "simd/table.h"
+#include "simd/vec.h"
 
 namespace {
 
@@ -99,33 +100,14 @@ void combine(const Patch& p) {
 
 using Product = void (*)(const Patch&);
 
-// [rows - 1][taps - 1] for one width and one kind of product.
-struct Products {
-  Product of[acmix::kBand][kTaps];
+template <int N, bool Unit, bool Dots>
+struct ProductSizes {
+  template <int R, int T>
+  static constexpr Product at = Dots ? dots<N, R, T, Unit> : combine<N, R, T, Unit>;
 };
 
-template <int N, bool Unit, bool Dots, int R, int... T>
-constexpr void fill_row(Products& products) {
-  ((products.of[R - 1][T - 1] = Dots ? dots<N, R, T, Unit> : combine<N, R, T, Unit>), ...);
-}
-
 template <int N, bool Unit, bool Dots>
-constexpr Products products() {
-  Products result{};
-#if ACMIX_REGISTERS == 32
-  fill_row<N, Unit, Dots, 1, 1, 2, 3, 4, 5, 6, 7>(result);
-  fill_row<N, Unit, Dots, 2, 1, 2, 3, 4, 5, 6, 7>(result);
-  fill_row<N, Unit, Dots, 3, 1, 2, 3, 4, 5, 6, 7>(result);
-#else
-  fill_row<N, Unit, Dots, 1, 1, 2, 3, 4>(result);
-  fill_row<N, Unit, Dots, 2, 1, 2, 3, 4>(result);
-  fill_row<N, Unit, Dots, 3, 1, 2, 3, 4>(result);
-#endif
-  return result;
-}
-
-template <int N, bool Unit, bool Dots>
-constexpr Products kProducts = products<N, Unit, Dots>();
+constexpr auto kProducts = make_table<ProductSizes<N, Unit, Dots>, Product, acmix::kBand, kTaps>();
 
 // Taps in blocks of even size, at most kTaps each.
 template <int N, bool Dots>
@@ -133,7 +115,7 @@ void apply(Patch patch, int rows, int64_t taps, bool unit) {
   const int64_t blocks = (taps + kTaps - 1) / kTaps;
   for (int64_t block = 0, done = 0; block < blocks; block++) {
     const int64_t count = (taps - done + blocks - block - 1) / (blocks - block);
-    const Products& products = unit ? kProducts<N, true, Dots> : kProducts<N, false, Dots>;
+    const auto& products = unit ? kProducts<N, true, Dots> : kProducts<N, false, Dots>;
     products.of[rows - 1][count - 1](patch);
     patch.tap += count;
     patch.weight_offset += count;

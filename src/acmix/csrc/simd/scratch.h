@@ -1,4 +1,4 @@
-// A task's memory. Only for kernel.cpp, see vec.h.
+// A task's memory. Only for kernels, see vec.h.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Hands out scratch; with a null start it only counts. Under the address sanitizer a gap that must
 // not be touched follows each piece.

@@ -1,21 +1,19 @@
 // The shift convolution: outputs, gradients of the pieces and of the kernels.
-// Only for kernel.cpp, see vec.h.
+// Only for kernels, see vec.h.
 #pragma once
 
-#include "rows.h"
-#include "scratch.h"
+#include "shift_convolution/job.h"
+#include "shift_convolution/pairs.h"
+#include "simd/correlate.h"
+#include "simd/rows.h"
+#include "simd/table.h"
 
 namespace {
 
 using acmix::Shift;
 using acmix::ShiftGeometry;
 using acmix::ShiftPhase;
-using acmix::ShiftTap;
-
-constexpr int kWide = ACMIX_LANES;
-constexpr int kOutputs = 4;                               // rows of outputs at once
-constexpr int kVectors = ACMIX_REGISTERS == 32 ? 4 : 2;  // vectors of each
-constexpr int kSources = ACMIX_REGISTERS == 32 ? 6 : 2;  // inputs against kOutputs rows
+using acmix::Tap;
 
 // Some groups of some images, and the rows [begin, end) of outputs.
 struct ShiftTask {
@@ -107,99 +105,6 @@ void stage_pieces(const Shift& job, const ShiftTask& task, const Planes& planes)
   }
 }
 
-// out[o][n] = sum over inputs and taps of weight * source[input][n + offset]
-struct Correlation {
-  const float* source;
-  int64_t source_pitch, inputs;
-  const ShiftTap* taps;
-  int64_t count;
-  const float* weight;
-  int64_t input_step, output_step;
-  float* out;
-  int64_t out_pitch;
-  bool accumulate;
-};
-
-template <int N, int O, int V>
-void correlate(const Correlation& c) {
-  Float<N> sum[O][V];
-  ACMIX_UNROLL
-  for (int o = 0; o < O; o++) {
-    ACMIX_UNROLL
-    for (int v = 0; v < V; v++) {
-      sum[o][v] = c.accumulate ? load<N>(c.out + o * c.out_pitch + v * N) : splat<N>(0.0f);
-    }
-  }
-  const int64_t count = c.count, step = c.output_step;
-  for (int64_t i = 0; i < c.inputs; i++) {
-    const float* source = c.source + i * c.source_pitch;
-    const float* weights = c.weight + i * c.input_step;
-    for (int64_t t = 0; t < count; t++) {
-      const float* from = source + c.taps[t].offset;
-      const float* weight = weights + c.taps[t].index;
-      Float<N> x[V];
-      ACMIX_UNROLL
-      for (int v = 0; v < V; v++) {
-        x[v] = load<N>(from + v * N);
-        keep(x[v]);
-      }
-      ACMIX_UNROLL
-      for (int o = 0; o < O; o++) {
-        Float<N> w = splat<N>(weight[o * step]);
-        keep(w);
-        ACMIX_UNROLL
-        for (int v = 0; v < V; v++) sum[o][v] += w * x[v];
-      }
-    }
-  }
-  ACMIX_UNROLL
-  for (int o = 0; o < O; o++) {
-    ACMIX_UNROLL
-    for (int v = 0; v < V; v++) store<N>(c.out + o * c.out_pitch + v * N, sum[o][v]);
-  }
-}
-
-using Correlate = void (*)(const Correlation&);
-
-struct Correlates {
-  Correlate of[kOutputs][kVectors];
-};
-
-template <int O, int... V>
-constexpr void fill_vectors(Correlates& table) {
-  ((table.of[O - 1][V - 1] = correlate<kWide, O, V>), ...);
-}
-
-template <int... O>
-constexpr Correlates correlates() {
-  Correlates table{};
-#if ACMIX_REGISTERS == 32
-  (fill_vectors<O, 1, 2, 3, 4>(table), ...);
-#else
-  (fill_vectors<O, 1, 2>(table), ...);
-#endif
-  return table;
-}
-
-constexpr Correlates kCorrelates = correlates<1, 2, 3, 4>();
-
-// All of `outputs` rows of `count` places; places are computed in whole vectors.
-void correlate_all(Correlation c, int64_t outputs, int64_t count) {
-  const int64_t vectors = (count + kWide - 1) / kWide;
-  for (int64_t v = 0, width; v < vectors; v += width) {
-    width = smaller(kVectors, vectors - v);
-    Correlation block = c;
-    block.source += v * kWide;
-    block.out += v * kWide;
-    for (int64_t o = 0; o < outputs; o += kOutputs) {
-      const int64_t rows = smaller(kOutputs, outputs - o);
-      kCorrelates.of[rows - 1][width - 1](block);
-      block.weight += rows * c.output_step;
-      block.out += rows * c.out_pitch;
-    }
-  }
-}
-
 // Rows of results: in planes without the gap before the first place.
 Rows result_rows(const ShiftGeometry& g, const ShiftTask& task, int64_t image, int64_t row,
                  const Planes& planes) {
@@ -231,8 +136,6 @@ void store_results(const ShiftGeometry& g, const Tensor& t, const ShiftTask& tas
     store_rows(t, image, task.group, task.groups, y, rows);
   });
 }
-
-constexpr ShiftTap kNoShift{0, 0};
 
 // The pieces of all phases, and the inputs that they make.
 struct ShiftInputs {
@@ -290,105 +193,6 @@ void shift_forward(const Shift& job, int64_t index, float* memory) {
                   g.outputs, places(g, task));
   }
   store_results(g, job.out, task, s.outs);
-}
-
-// sum[r * sum_pitch + index of s] += sum over `count` places of row[r] * source[offset of s]
-struct Pairing {
-  const float* row;
-  int64_t row_pitch;
-  const float* source;
-  const ShiftTap* sources;
-  float* sum;
-  int64_t sum_pitch;
-  int64_t count;
-};
-
-// The sum over the lanes of each of four vectors.
-template <int N>
-ACMIX_INLINE Float<4> lane_sums(const Float<N>* v) {
-  Float<4> part[4];
-  for (int r = 0; r < 4; r++) {
-    float lane[N];
-    store<N>(lane, v[r]);
-    part[r] = load<4>(lane);
-    ACMIX_UNROLL
-    for (int i = 4; i < N; i += 4) part[r] += load<4>(lane + i);
-  }
-  transpose(part);
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-template <int N, int R, int S>
-void pair(const Pairing& p) {
-  Float<N> sum[S][kOutputs];
-  const float* source[S];
-  ACMIX_UNROLL
-  for (int s = 0; s < S; s++) {
-    source[s] = p.source + p.sources[s].offset;
-    ACMIX_UNROLL
-    for (int r = 0; r < kOutputs; r++) sum[s][r] = splat<N>(0.0f);
-  }
-  const float* row = p.row;
-  const int64_t pitch = p.row_pitch, count = p.count;
-  for (int64_t n = 0; n < count; n += N) {
-    Float<N> g[R];
-    ACMIX_UNROLL
-    for (int r = 0; r < R; r++) {
-      g[r] = load<N>(row + r * pitch + n);
-      keep(g[r]);
-    }
-    ACMIX_UNROLL
-    for (int s = 0; s < S; s++) {
-      Float<N> x = load<N>(source[s] + n);
-      keep(x);
-      ACMIX_UNROLL
-      for (int r = 0; r < R; r++) sum[s][r] += g[r] * x;
-    }
-  }
-  ACMIX_UNROLL
-  for (int s = 0; s < S; s++) {
-    const Float<4> total = lane_sums<N>(sum[s]);
-    float* to = p.sum + p.sources[s].index;
-    ACMIX_UNROLL
-    for (int r = 0; r < R; r++) to[r * p.sum_pitch] += total[r];
-  }
-}
-
-using Pair = void (*)(const Pairing&);
-
-struct Pairs {
-  Pair of[kOutputs][kSources];
-};
-
-template <int R, int... S>
-constexpr void fill_sources(Pairs& table) {
-  ((table.of[R - 1][S - 1] = pair<kWide, R, S>), ...);
-}
-
-template <int... R>
-constexpr Pairs pairs() {
-  Pairs table{};
-#if ACMIX_REGISTERS == 32
-  (fill_sources<R, 1, 2, 3, 4, 5, 6>(table), ...);
-#else
-  (fill_sources<R, 1, 2>(table), ...);
-#endif
-  return table;
-}
-
-constexpr Pairs kPairs = pairs<1, 2, 3, 4>();
-
-// Every row with every source, `count` places of them.
-void pair_all(Pairing p, int64_t rows, int64_t sources) {
-  const Pairing all = p;
-  for (int64_t r = 0; r < rows; r += kOutputs) {
-    p.row = all.row + r * all.row_pitch;
-    p.sum = all.sum + r * all.sum_pitch;
-    p.sources = all.sources;
-    for (int64_t s = 0; s < sources; s += kSources, p.sources += kSources) {
-      kPairs.of[smaller(kOutputs, rows - r) - 1][smaller(kSources, sources - s) - 1](p);
-    }
-  }
 }
 
 struct ShiftBackwardScratch {
@@ -505,3 +309,6 @@ void shift_backward(const Shift& job, int64_t index, float* memory) {
 }
 
 }  // namespace
+
+const acmix::Kernels<Shift> acmix::ACMIX_KERNELS(shift) = {
+    kernel<ShiftForwardScratch>(shift_forward), kernel<ShiftBackwardScratch>(shift_backward)};

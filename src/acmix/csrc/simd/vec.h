@@ -1,5 +1,7 @@
 // Float vectors of N lanes: the compiler's vector extension, or plain loops without it.
-// Only for kernel.cpp: everything has internal linkage, since each instruction set compiles its own.
+// Only for kernels, compiled once for each instruction set: everything has internal linkage, and no
+// standard C++ header is included, since a shared inline function compiled with wider instructions
+// could be the one that the linker keeps.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // Element types as they are stored, and their conversion to and from float32.
-// Only for kernel.cpp, see vec.h.
+// Only for kernels, see vec.h.
 #pragma once
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace {
 

@@ -1,13 +1,13 @@
 // Attention within the windows that a map is cut into: outputs and gradients.
-// Only for kernel.cpp, see vec.h.
 //
-// All products are the shift convolution's `correlate` with a single tap.
+// All products are correlations with a single tap. Only for kernels, see vec.h.
 #pragma once
 
-#include "rows.h"
-#include "scratch.h"
-#include "shift.h"
-#include "softmax.h"
+#include "partition_attention/job.h"
+#include "simd/correlate.h"
+#include "simd/pixels.h"
+#include "simd/softmax.h"
+#include "simd/table.h"
 
 namespace {
 
@@ -226,3 +226,7 @@ void partition_backward(const Partition& job, int64_t index, float* memory) {
 }
 
 }  // namespace
+
+const acmix::Kernels<Partition> acmix::ACMIX_KERNELS(partition) = {
+    kernel<PartitionForwardScratch>(partition_forward),
+    kernel<PartitionBackwardScratch>(partition_backward)};

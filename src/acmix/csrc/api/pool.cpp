@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "api/pool.h"
 
 #include <atomic>
 #include <condition_variable>
