@@ -30,15 +30,30 @@ def forward(
     height, width = k.shape[-2:]
     rows = tap_index(height, window, stride, dilation, k.device)
     cols = tap_index(width, window, stride, dilation, k.device)
+    return attend(q, k, v, position, rows, cols).to(dtype)
 
-    def unfold(x: Tensor) -> Tensor:
-        """(..., H, W) -> (..., Ho, Wo, window * window)"""
-        return x[..., rows[:, None, :, None], cols[None, :, None, :]].flatten(-2)
 
-    keys = unfold(k)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, rows: Tensor, cols: Tensor
+) -> Tensor:
+    """The attention of queries whose taps lie at `rows` (Ho, window) and `cols` (Wo, window)."""
+    _, weights = keys_and_weights(q, k, position, rows, cols)
+    return (weights[:, :, None] * unfold(v, rows, cols)).sum(-1)
+
+
+def keys_and_weights(
+    q: Tensor, k: Tensor, position: Tensor | None, rows: Tensor, cols: Tensor
+) -> tuple[Tensor, Tensor]:
+    """k_ab + p_ij - p_ab (B, N, d, Ho, Wo, window^2) and its softmax (B, N, Ho, Wo, window^2)."""
+    keys = unfold(k, rows, cols)
     if position is not None:
-        p = position_map(position, like=k)
-        keys = keys + p[:, ::stride, ::stride, None] - unfold(p)
+        p = unfold(position_map(position, like=k), rows, cols)
+        own = p[..., p.shape[-1] // 2, None]  # the middle tap
+        keys = keys + own - p
     logits = (q[..., None] * keys).sum(2) * q.shape[2] ** -0.5
-    weights = logits.softmax(-1)
-    return (weights[:, :, None] * unfold(v)).sum(-1).to(dtype)
+    return keys, logits.softmax(-1)
+
+
+def unfold(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """(..., H, W) -> (..., Ho, Wo, window^2)"""
+    return x[..., rows[:, None, :, None], cols[None, :, None, :]].flatten(-2)

@@ -16,6 +16,7 @@ tiles would bind a graph to few sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,72 +26,79 @@ from torch.utils.flop_counter import register_flop_formula
 
 from acmix.ops import _library
 from acmix.ops._windows import position_map, reflect, unit_coordinate
+from acmix.ops.window_attention import exact
 
 TILE = 8
 CHUNK = 2**22  # logits held at once in the backward pass
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? position, SymInt window, SymInt stride, SymInt dilation"
+)
 
 
 OPAQUE = True
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-) -> Tensor:
-    """q (B, N, d, Ho, Wo), k and v (B, N, d, H, W), position (d, 2) -> (B, N, d, Ho, Wo)."""
-    return _attention(q, k, v, position, window, stride, dilation)
-
-
-@torch.library.custom_op("acmix::tiled_window_attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-) -> Tensor:
-    tiles = _Tiles(q, k, window, stride, dilation)
-    k = _positioned(k, position)
+@torch.library.custom_op(
+    "acmix::tiled_window_attention", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor"
+)
+def forward(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, *sizes: int) -> Tensor:
+    tiles = _Tiles(q, k, *sizes)
+    shifted = _positioned(k, position)
     out = F.scaled_dot_product_attention(
-        tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v), attn_mask=tiles.mask(q.dtype)
+        tiles.of_queries(q),
+        tiles.of_keys(shifted),
+        tiles.of_keys(v),
+        attn_mask=tiles.mask(q.dtype),
     )
-    return tiles.queries_from(out)
+    out = tiles.queries_from(out)
+    # No logit is larger than the product of the norms. It is asked for because
+    # scaled_dot_product_attention makes zeros of a window whose logits are all -inf.
+    for image in _not_finite((_norm(q) * _norm(shifted))[:, None], out):
+        one = slice(image, image + 1)
+        out[one] = exact.forward(q[one], k[one], v[one], position, *sizes)
+    return out
 
 
-@torch.library.custom_op("acmix::tiled_window_attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
+@torch.library.custom_op(
+    "acmix::tiled_window_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, *sizes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tiles = _Tiles(q, k, window, stride, dilation)
+    grads = _gradients_by_tiles(grad, q, k, v, position, *sizes)
+    grad_own = k.new_zeros((), dtype=grads[1].dtype)  # of p_ij, which cancels where all is finite
+    for image in _not_finite(*grads):
+        one = slice(image, image + 1)
+        *exact_grads, own = exact.backward(grad[one], q[one], k[one], v[one], position, *sizes)
+        for all_images, this in zip(grads, exact_grads, strict=True):
+            all_images[one] = this
+        grad_own = grad_own + own
+    grad_position = _position_gradient(grads[1], grad_own, position)
+    grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
+    return grad_q, grad_k, grad_v, grad_position
+
+
+def _gradients_by_tiles(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, *sizes: int
+) -> list[Tensor]:
+    """Gradients of q, and in float32 at least of k and v."""
+    tiles = _Tiles(q, k, *sizes)
     mask = tiles.mask(torch.promote_types(q.dtype, torch.float32))
     inputs = [tiles.of_queries(grad), tiles.of_queries(q)]
     inputs += [tiles.of_keys(_positioned(k, position)), tiles.of_keys(v)]
-    rows = max(1, CHUNK // (inputs[0].shape[1] * mask.numel()))
-    chunks = zip(*(x.split(rows) for x in inputs), strict=True)
-    grads = zip(*(_tile_gradients(g, q, k, v, mask) for g, q, k, v in chunks), strict=True)
+    some = max(1, CHUNK // mask.numel())
+    chunks = zip(*(x.flatten(0, 1).split(some) for x in inputs), strict=True)
+    grads = zip(*(_tile_gradients(mask, *chunk) for chunk in chunks), strict=True)
     grad_q, grad_k, grad_v = (torch.cat(chunk) for chunk in grads)
-    grad_k, grad_v = tiles.keys_from(grad_k), tiles.keys_from(grad_v)
-    return tiles.queries_from(grad_q), grad_k, grad_v, _position_gradient(grad_k, position)
+    return [tiles.queries_from(grad_q), tiles.keys_from(grad_k), tiles.keys_from(grad_v)]
 
 
 def _tile_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    mask: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v for some tiles, each (tiles, heads, queries or keys of a tile, d)."""
+    """Gradients of q, k, v for some tiles, each (tiles * heads, queries or keys of a tile, d)."""
     scale = q.shape[-1] ** -0.5
     q = q * scale
     weights = ((q @ k.mT).to(mask.dtype) + mask).softmax(-1)
@@ -100,30 +108,36 @@ def _tile_gradients(
     return grad_logits @ k * scale, grad_logits.mT @ q, weights.mT @ grad
 
 
-@_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-) -> Tensor:
+def _norm(x: Tensor) -> Tensor:
+    """Of every image, in float32 at least; infinite where it is too large for that."""
+    return torch.linalg.vector_norm(
+        x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+
+
+def _not_finite(*by_image: Tensor) -> Iterable[int]:
+    """The images for which one of the tensors, (B, ...), holds a NaN or an infinity.
+
+    To know them a GPU has to be waited for, which a CUDA graph does not allow: there, all images.
+    """
+    first, *_ = by_image
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return range(len(first))
+    wide = torch.promote_types(first.dtype, torch.float32)
+    # Sums keep NaNs and infinities, and need no second map to count in.
+    sums = [x.flatten(1).sum(1, dtype=wide) for x in by_image]
+    return (~torch.stack(sums).isfinite().all(0)).nonzero().flatten().tolist()
+
+
+@forward.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@_attention_backward.register_fake
+@_backward.register_fake
 def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
     grad_position = q.new_empty(0) if position is None else torch.empty_like(position)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_position
 
@@ -135,24 +149,24 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
     q, k, v, position = ctx.saved_tensors
-    grads = _attention_backward(grad, q, k, v, position, ctx.window, ctx.stride, ctx.dilation)
+    grads = _backward(grad, q, k, v, position, ctx.window, ctx.stride, ctx.dilation)
     return *grads[:3], grads[3] if position is not None else None, None, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+forward.register_autograd(_gradients, setup_context=_save)
 _library.refuse_second_derivative("tiled_window_attention_backward")
 
 
 @register_flop_formula(torch.ops.acmix.tiled_window_attention)
-def _flops(q: torch.Size, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any) -> int:
+def _flops(q: torch.Size, *others: Any, **_: Any) -> int:
     """Those of the definition, not of the tiles: two products with the window^2 taps."""
+    window = others[3]
     return 2 * 2 * window**2 * q.numel()
 
 
 @register_flop_formula(torch.ops.acmix.tiled_window_attention_backward)
-def _flops_backward(
-    grad: torch.Size, q: Any, k: Any, v: Any, position: Any, window: int, *_: Any, **__: Any
-) -> int:
+def _flops_backward(grad: torch.Size, *others: Any, **_: Any) -> int:
+    window = others[4]
     return 5 * 2 * window**2 * grad.numel()
 
 
@@ -160,17 +174,20 @@ class _Side:
     """How one side of the map is cut: `tiles` tiles of `queries` queries and `keys` keys.
 
     The queries of a tile lie `step` apart, so far that their keys lie on one grid of the
-    dilation: a tile holds no key between the taps.
+    dilation: a tile holds no key between the taps. Where reflection shows a tile the same keys
+    again, they are counted instead of copied.
     """
 
     def __init__(self, size: int, out_size: int, window: int, stride: int, dilation: int) -> None:
         common = math.gcd(stride, dilation)
-        self.step, self.shift = dilation // common, stride // common
+        self.step, self.shift = min(dilation // common, out_size), stride // common
         of_a_step = -(-out_size // self.step)
-        self.repeats = -(-of_a_step // TILE)
+        self.repeats = -(-of_a_step // _tile(window, self.shift))
         self.queries = -(-of_a_step // self.repeats)
         self.tiles = self.repeats * self.step
-        self.keys = (self.queries - 1) * self.shift + window
+        self.taps = (self.queries - 1) * self.shift + window
+        period = max(2 * (size - 1), 1)
+        self.keys = min(self.taps, period // math.gcd(period, dilation))
         self.size, self.out_size = size, out_size
         self.window, self.stride, self.dilation = window, stride, dilation
 
@@ -185,11 +202,18 @@ class _Side:
         tap = torch.arange(self.keys, device=device) - self.window // 2
         return reflect(first.flatten()[:, None] * self.stride + tap * self.dilation, self.size)
 
-    def sees(self, device: torch.device) -> Tensor:
-        """Whether a query of a tile has a key in its window: (queries, keys)."""
+    def counts(self, device: torch.device) -> Tensor:
+        """How often a query of a tile has a key in its window: (queries, keys)."""
         query = torch.arange(self.queries, device=device) * self.shift
-        tap = torch.arange(self.keys, device=device) - query[:, None]
-        return (tap >= 0) & (tap < self.window)
+        tap = torch.arange(self.taps, device=device) - query[:, None]
+        sees = (tap >= 0) & (tap < self.window)
+        return F.pad(sees, (0, -self.taps % self.keys)).unflatten(1, (-1, self.keys)).sum(1)
+
+
+def _tile(window: int, shift: int) -> int:
+    """Most queries along a tile's side, whose windows lie `shift` keys apart: only windows that
+    overlap share keys, and of those far apart few do."""
+    return 1 if shift >= window else min(TILE, 1 + 2 * (TILE - 1) // shift)
 
 
 class _Tiles:
@@ -205,11 +229,10 @@ class _Tiles:
         self.pixels = pixels.flatten()  # of every key of every tile, in the flat map
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query of a tile sees a key, -inf elsewhere."""
-        y, x = self.y.sees(self.device), self.x.sees(self.device)
-        sees = (y[:, None, :, None] & x[None, :, None, :]).flatten(2).flatten(0, 1)
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
-        return mask.masked_fill_(~sees, float("-inf"))
+        """The log of how often a query of a tile sees a key: 0 for once, -inf for never."""
+        y, x = self.y.counts(self.device), self.x.counts(self.device)
+        counts = (y[:, None, :, None] * x[None, :, None, :]).flatten(2).flatten(0, 1)
+        return counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
 
     def of_queries(self, q: Tensor) -> Tensor:
         """(B, N, d, Ho, Wo) -> (B * tiles down, tiles across * N, queries of a tile, d)"""
@@ -235,14 +258,16 @@ class _Tiles:
         return self._attention_shape(rows, shape[-1])
 
     def keys_from(self, tiles: Tensor) -> Tensor:
-        """The adjoint of `of_keys`: what every tile adds to each pixel, summed."""
+        """The adjoint of `of_keys`: what every tile adds to each pixel, summed.
+
+        In float32 at least: tiles overlap, so half precision would round many times.
+        """
         y, x = self.y, self.x
         shape = (self.batch, y.tiles, x.tiles, self.heads, y.keys * x.keys, self.head_dim)
         rows = tiles.reshape(shape).transpose(3, 4).flatten(1, 3)
-        # Tiles overlap, so half precision would round many times.
-        exact = torch.promote_types(tiles.dtype, torch.float32)
-        k = rows.new_zeros((self.batch, y.size * x.size, self.heads, self.head_dim), dtype=exact)
-        k = k.index_add_(1, self.pixels, rows.to(exact)).to(tiles.dtype)
+        wide = torch.promote_types(tiles.dtype, torch.float32)
+        k = rows.new_zeros((self.batch, y.size * x.size, self.heads, self.head_dim), dtype=wide)
+        k = k.index_add_(1, self.pixels, rows.to(wide))
         return k.permute(0, 2, 3, 1).unflatten(3, (y.size, x.size)).contiguous()
 
     def _attention_shape(self, tiles: Tensor, tokens: int) -> Tensor:
@@ -255,11 +280,10 @@ def _positioned(k: Tensor, position: Tensor | None) -> Tensor:
     return k if position is None else k - position_map(position, like=k)
 
 
-def _position_gradient(grad_k: Tensor, position: Tensor | None) -> Tensor:
+def _position_gradient(grad_k: Tensor, grad_own: Tensor, position: Tensor | None) -> Tensor:
     if position is None:
         return grad_k.new_empty(0)
-    exact = torch.promote_types(grad_k.dtype, torch.float32)
-    grad_p = -grad_k.sum((0, 1), dtype=exact)  # (d, H, W)
+    grad_p = grad_own - grad_k.sum((0, 1))  # (d, H, W)
     x, y = (unit_coordinate(size, grad_p) for size in (grad_k.shape[-1], grad_k.shape[-2]))
     grad = torch.stack([(grad_p * x).sum((1, 2)), (grad_p * y[:, None]).sum((1, 2))], 1)
     return grad.to(position.dtype)
