@@ -24,7 +24,7 @@ demo: $(READY) ## train a small ACmix network on real digits; pictures in runs/d
 test: $(READY) | .cache ## the whole test suite
 	$(TEST)
 
-test-fast: $(READY) | .cache ## the core of every part in two minutes: no test that takes over a second
+test-fast: $(READY) | .cache ## the core of every part in two minutes: what is not marked slow
 	$(TEST) -m 'not slow'
 
 .cache:

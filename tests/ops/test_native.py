@@ -380,6 +380,7 @@ def run_script(script: str, **environment: str) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.slow
 def test_after_fork() -> None:
     """A child finds a pool without threads and starts its own."""
     script = """
@@ -402,6 +403,7 @@ assert torch.equal(before, native.forward(q, q, q, None, 7, 1, 1))
     _native.reason() is not None or _native.simd() == "neon", reason="one build for Arm"
 )
 @pytest.mark.parametrize("simd", ["plain", "avx2"])
+@pytest.mark.slow
 def test_narrower_instructions(simd: str) -> None:
     levels = ["plain", "avx2", "avx512"]
     if levels.index(simd) >= levels.index(_native.simd()):
@@ -416,6 +418,7 @@ sys.exit(pytest.main(arguments))
     run_script(script, ACMIX_SIMD=simd)
 
 
+@pytest.mark.slow
 def test_unknown_instructions() -> None:
     script = """
 from acmix.ops import backends
@@ -424,6 +427,7 @@ assert backends()["native"] == "ACMIX_SIMD: expected plain, avx2, avx512, got 's
     run_script(script, ACMIX_SIMD="sse")
 
 
+@pytest.mark.slow
 def test_import_loads_no_library() -> None:
     script = """
 from acmix.ops import _native
@@ -465,6 +469,7 @@ def test_opcheck(index: int) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
 def test_compile(dynamic: bool) -> None:
     def both(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         out = window_attention(q * 2, k, v, heads=2, window=3, backend="native")
@@ -551,6 +556,7 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     """The install goes on without the kernel and the reason is told; or it fails when asked to."""
     done = build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")

@@ -266,6 +266,7 @@ def test_any(
     _native.reason() is not None or _native.simd() == "neon", reason="one build for Arm"
 )
 @pytest.mark.parametrize("simd", ["plain", "avx2"])
+@pytest.mark.slow
 def test_narrower_instructions(simd: str) -> None:
     levels = ["plain", "avx2", "avx512"]
     if levels.index(simd) >= levels.index(_native.simd()):

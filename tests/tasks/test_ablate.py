@@ -41,6 +41,7 @@ def paths(tmp_path_factory):
     return out, options
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_runs(paths):
     out, _ = paths
     rows = rows_of(out)
@@ -60,6 +61,7 @@ def test_results_are_those_of_the_runs(paths):
     assert (out / "ablation.png").is_file()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_a_missing_one_is_made(paths, capsys):
     out, options = paths
     before = rows_of(out)
@@ -81,6 +83,7 @@ def test_finished_runs_are_not_repeated_and_a_missing_one_is_made(paths, capsys)
     assert [row["accuracy"] for row in rows_of(out)] == [row["accuracy"] for row in before]
 
 
+@pytest.mark.slow
 def test_other_options_are_refused(paths, capsys):
     out, options = paths
     assert study("paths", out, *options, "--model.lr", "1e-4") == 2

@@ -133,6 +133,7 @@ def test_predict_writes_a_row_an_image(run):
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_an_earlier_run_is_kept(run, tmp_path, capsys):
     again = tmp_path / "run"
     assert fit(again) == 0
@@ -160,6 +161,7 @@ def config_of(run):
     return ["fit", "--config", str(run / "config.yaml")]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, capsys):
     moved, other = tmp_path / "run.1", tmp_path / "run"
     shutil.copytree(run, moved)
@@ -173,6 +175,7 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, 
     assert sorted(tmp_path.iterdir()) == [other, moved]
 
 
+@pytest.mark.slow
 def test_last_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
     folder = tmp_path / "run"
     assert fit(folder, "--ckpt_path", "last", "--trainer.max_epochs", "1") == 0
@@ -229,6 +232,7 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path, monkeypatch, capsys, w
     assert list(folder.iterdir()) == [folder / "config.yaml"]
 
 
+@pytest.mark.slow
 def test_the_working_folder_as_run(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -247,6 +251,7 @@ def test_nothing_to_train_leaves_no_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     "option", [["--trainer.fast_dev_run", "true"], ["--trainer.limit_val_batches", "0"]]
 )
+@pytest.mark.slow
 def test_the_final_table_names_only_what_there_is(tmp_path, capsys, option):
     folder = tmp_path / "run"
     assert fit(folder, *option) == 0
@@ -273,6 +278,7 @@ def test_suggested_commands_take_their_folder_as_one_word(tmp_path):
         assert len(report.next_commands(run, other)) == 1
 
 
+@pytest.mark.slow
 def test_lines_come_within_an_epoch(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     assert fit(tmp_path / "run", "--trainer.max_epochs", "1") == 0
@@ -333,6 +339,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_saved(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "acmix.cli", "fit", "--config", str(RECIPE)]

@@ -1,6 +1,7 @@
 """A run that was killed goes on to the weights of one that was not, to the last bit."""
 
 import csv
+import json
 import operator
 import os
 import shutil
@@ -119,24 +120,30 @@ def assert_same_end(run, other):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert fit(run, STATEFUL) == 0
-    return run
+def undisturbed(made_once):
+    def make(folder):
+        assert fit(folder / "run", STATEFUL) == 0
+
+    return made_once("undisturbed", make) / "run"
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(made_once):
     """Runs by the way they were stopped, all under way at once: (folder, exit code, last line)."""
-    folder = tmp_path_factory.mktemp("stopped")
-    processes = {
-        "killed": start_killed(folder / "killed", STATEFUL, 8, signal.SIGKILL),
-        "terminated": start_killed(folder / "terminated", STATEFUL, 6, signal.SIGTERM),
-        "killed with workers": start_killed(
-            folder / "killed with workers", {**STATEFUL, "data.num_workers": 2}, 18, signal.SIGKILL
-        ),
+    ways = {
+        "killed": (STATEFUL, 8, signal.SIGKILL),
+        "terminated": (STATEFUL, 6, signal.SIGTERM),
+        "killed with workers": ({**STATEFUL, "data.num_workers": 2}, 18, signal.SIGKILL),
     }
-    return {name: (folder / name, *ended(process)) for name, process in processes.items()}
+
+    def make(folder):
+        processes = {name: start_killed(folder / name, *way) for name, way in ways.items()}
+        ends = {name: ended(process) for name, process in processes.items()}
+        (folder / "ends.json").write_text(json.dumps(ends))
+
+    folder = made_once("stopped", make)
+    ends = json.loads((folder / "ends.json").read_text())
+    return {name: (folder / name, *ends[name]) for name in ways}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +154,7 @@ def stopped(tmp_path_factory):
         ("terminated", 0, 128 + signal.SIGTERM, 6),
     ],
 )
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(
     undisturbed, stopped, tmp_path, name, workers, code, step
 ):
@@ -162,6 +170,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_end_with_the_same_bits_and_the_loss_of_one(tmp_path):
     """A step of two processes has the images of a step of one with twice the batch size."""
     killed = start_killed(tmp_path / "killed", TWO_PROCESSES, 18, signal.SIGKILL)
@@ -177,6 +186,7 @@ def test_two_processes_killed_end_with_the_same_bits_and_the_loss_of_one(tmp_pat
             assert float(two[loss]) == pytest.approx(float(one[loss]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_changed_batch_within_an_epoch_is_refused(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped["terminated"][0], tmp_path / "run")
     assert fit(run, {**STATEFUL, "data.batch_size": 64}, "--ckpt_path=last") == 2
@@ -217,6 +227,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, step, sav
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_no_room_on_disk_keeps_the_last_good_checkpoint(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped["terminated"][0], tmp_path / "run")
     checkpoints = run / "checkpoints"
