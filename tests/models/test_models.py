@@ -71,7 +71,10 @@ def few(name: str, **arguments: object) -> nn.Module:
     return timm.create_model(name, **{"num_classes": 10, **depths, **arguments})
 
 
-@pytest.fixture(scope="module", params=NAMES)
+DEEPER = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in EACH]
+
+
+@pytest.fixture(scope="module", params=[*EACH, *DEEPER])
 def whole(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     """Each model as it is registered; tests leave it as it was."""
     return request.param, timm.create_model(request.param)

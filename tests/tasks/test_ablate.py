@@ -90,6 +90,7 @@ def test_other_options_are_refused(paths, capsys):
     assert "holds an ablation with other options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shifts(tmp_path):
     options = ["--variants", "tensor", "learned_random", "--seeds", "1"]
     assert study("shifts", tmp_path / "out", *options) == 0

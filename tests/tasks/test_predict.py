@@ -19,9 +19,9 @@ from timm.data import create_transform
 
 from acmix.analysis.explain import explain
 from acmix.cli import main
+from acmix.errors import UserError
 from acmix.tasks import predict
 from acmix.tasks.classification import Classification
-from acmix.tasks.errors import UserError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 LAYERS = ("layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2")

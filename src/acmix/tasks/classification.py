@@ -24,8 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import acmix.models  # noqa: F401  registers our networks with timm
 from acmix.data.loading import seed_generators
+from acmix.errors import did_you_mean, one_line
 from acmix.surgery.warm_start import warm_start
-from acmix.tasks.errors import did_you_mean, one_line
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 Batch = tuple[Tensor, Tensor]
