@@ -1,6 +1,6 @@
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Set before torch is imported: one thread, which a test may raise, since `make test` runs a worker
@@ -16,12 +16,15 @@ import pytest
 import torch
 from filelock import FileLock
 
+THREADS = torch.get_num_threads()
 SLOW = 5.0  # seconds, more than the 2 from which a test is to be marked: other programs run too
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_threads() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 """What several test files share: one table of tolerances, gradients of a random loss, a layer as a
-function, and the two forms of its convolution path."""
+function, the two forms of its convolution path, and memory that nothing wrote."""
 
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import pytest
@@ -55,6 +58,30 @@ def assert_all_close(
         assert error <= tolerance, f"{what} tensor {index}: relative error {error:.2e}"
 
 
+def assert_threads_agree(function: Callable[[], list[Tensor]]) -> None:
+    """The same bits with any number of threads."""
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(function())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def run_script(script: str, **environment: str) -> str:
+    """What a Python script printed, in a process of its own that must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def as_function(layer: nn.Module) -> Callable[..., Tensor]:
     """The layer as a function of x and its parameters, for the gradient of each."""
     names = [name for name, _ in layer.named_parameters()]
@@ -75,3 +102,13 @@ def convolution_forms(layers: ModuleType) -> Callable[..., str]:
         return request.param
 
     return form
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """In the folders whose conftest.py imports it: what nothing wrote is NaN, not a lucky zero."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -29,13 +29,6 @@ ON_ONE_CPU = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Two classes, four pictures to learn from and one held out of each."""

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import (
+    TOLERANCE,
+    assert_all_close,
+    assert_threads_agree,
+    outputs_and_gradients,
+    run_script,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -102,15 +108,8 @@ def check_aggregation(shape: Shape, inputs: list[Tensor], tolerance: float) -> N
     assert_all_close(actual, truth, tolerance)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["torch", "own"])
-def threads_of(request: pytest.FixtureRequest, threads: None) -> Iterator[None]:
+def threads_of(request: pytest.FixtureRequest) -> Iterator[None]:
     """PyTorch's threads, and the kernel's own for where those are not to be had."""
     library = _native._library()
     if request.param == "own":
@@ -120,7 +119,7 @@ def threads_of(request: pytest.FixtureRequest, threads: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def poison(threads: None) -> Iterator[Callable[[], None]]:
+def poison() -> Iterator[Callable[[], None]]:
     """New tensors are full of NaN; so is the kernel's scratch after a call of the result."""
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -262,15 +261,12 @@ def test_poisoned_memory(shape: Shape, poison: Callable[[], None]) -> None:
 def test_threads_agree_to_the_bit(size: tuple[int, int], stride: int, threads_of: None) -> None:
     shape = (*size, 7, stride, 1)
     inputs, aggregation = attention_inputs(shape, 8), aggregation_inputs(shape)
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(
+    assert_threads_agree(
+        lambda: (
             outputs_and_gradients(run(native.forward, shape), inputs)
             + outputs_and_gradients(run(aggregation_native.forward, shape), aggregation)
         )
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    )
 
 
 def test_mix() -> None:
@@ -366,19 +362,6 @@ def test_python_threads_at_once(threads_of: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def run_script(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.slow
 def test_after_fork() -> None:
@@ -397,25 +380,6 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(before, native.forward(q, q, q, None, 7, 1, 1))
 """
     run_script(script)
-
-
-@pytest.mark.skipif(
-    _native.reason() is not None or _native.simd() == "neon", reason="one build for Arm"
-)
-@pytest.mark.parametrize("simd", ["plain", "avx2"])
-@pytest.mark.slow
-def test_narrower_instructions(simd: str) -> None:
-    levels = ["plain", "avx2", "avx512"]
-    if levels.index(simd) >= levels.index(_native.simd()):
-        pytest.skip(f"{simd} is not narrower than what this machine runs")
-    script = f"""
-import sys, pytest
-from acmix.ops import _native
-assert _native.simd() == {simd!r}, _native.simd()
-arguments = [{__file__!r}, "-q", "-x", "-k", "test_grid or test_half", "-p", "no:cacheprovider"]
-sys.exit(pytest.main(arguments))
-"""
-    run_script(script, ACMIX_SIMD=simd)
 
 
 @pytest.mark.slow

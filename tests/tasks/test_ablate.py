@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from acmix.cli import main
@@ -23,13 +22,6 @@ def study(name, out, *options):
 def rows_of(out):
     with (out / "results.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

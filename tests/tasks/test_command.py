@@ -24,13 +24,6 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 SHORT = ["--trainer.limit_train_batches", "4", "--trainer.max_epochs", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def fit(run, *options):
     return main(["fit", "--config", str(RECIPE), "--run", str(run), *SHORT, *options])
 
@@ -49,9 +42,7 @@ def weights_of(run):
 def run(tmp_path_factory):
     """A finished short run, shared; whoever writes into it copies it first."""
     folder = tmp_path_factory.mktemp("fit") / "run"
-    threads = torch.get_num_threads()
     assert fit(folder) == 0
-    torch.set_num_threads(threads)
     return folder
 
 

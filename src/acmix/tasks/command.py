@@ -342,7 +342,8 @@ def train(cli: TrainingCLI) -> dict[str, Any] | None:
         print(_why_nothing_was_trained(cli))
         return None
     config = json.loads(cli.parser.dump(cli.config, format="json"))
-    return report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
+    finished = report.Finished(cli.model, cli.datamodule, cli.history, cli.held_out, config)
+    return report.write(folder, finished)
 
 
 def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:
