@@ -5,43 +5,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 Weight = Tensor | float | None
 
 
-class LearnedMix(nn.Module):
-    """alpha * attention + beta * convolution, both learned, both from 0.5: the method."""
+class _Learned(nn.Module):
+    """Parameters of one element each, not scalars: FSDP splits along the first dimension."""
+
+    NAMES: tuple[str, ...]
+    alpha: nn.Parameter
+    beta: nn.Parameter
 
     def __init__(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        for name in self.NAMES:
+            setattr(self, name, nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.alpha, 0.5)
-        nn.init.constant_(self.beta, 0.5)
+        for name in self.NAMES:
+            nn.init.constant_(getattr(self, name), 0.5)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
+    ) -> None:
+        for name in self.NAMES:
+            key = prefix + name
+            if key in state_dict:  # a scalar in early checkpoints
+                state_dict[key] = torch.atleast_1d(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *others, **more)
+
+
+class LearnedMix(_Learned):
+    """alpha * attention + beta * convolution, both learned, both from 0.5: the method."""
+
+    NAMES = ("alpha", "beta")
 
     def weights(self) -> tuple[Weight, Weight]:
         return self.alpha, self.beta
 
 
-class ConvexMix(nn.Module):
+class ConvexMix(_Learned):
     """alpha * attention + (1 - alpha) * convolution, alpha learned from 0.5."""
 
-    def __init__(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.alpha, 0.5)
+    NAMES = ("alpha",)
 
     def weights(self) -> tuple[Weight, Weight]:
         return self.alpha, 1 - self.alpha
