@@ -167,6 +167,30 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+def test_an_early_checkpoint_with_scalars_goes_on_to_the_same_bits(run, tmp_path):
+    """alpha, beta and what the optimizer knows of them were scalars once."""
+    runs = []
+    for early in (False, True):
+        runs.append(shutil.copytree(run, tmp_path / f"early {early}"))
+        path = runs[-1] / "checkpoints" / "last.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        [optimizer] = checkpoint["optimizer_states"]
+        weights = checkpoint["state_dict"]
+        mix = [name for name in weights if ".mix." in name]
+        moments = [state for state in optimizer["state"].values() if state["exp_avg"].numel() == 1]
+        assert len(mix) == len(moments) == 6
+        if early:
+            weights.update({name: weights[name].squeeze() for name in mix})
+            for state in moments:
+                state.update({name: value.squeeze() for name, value in state.items()})
+            torch.save(checkpoint, path)
+        args = [*config_of(runs[-1]), "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+        assert main(args) == 0
+    one, two = map(weights_of, runs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
 def test_last_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
     folder = tmp_path / "run"
     assert fit(folder, "--ckpt_path", "last", "--trainer.max_epochs", "1") == 0

@@ -148,7 +148,7 @@ class Classification(LightningModule):
         if stage == "fit" and self.hparams["warm_start"] and not self.goes_on:
             self._warm_start(self.hparams["warm_start"])
         if isinstance(self._strategy, sharding.FSDP2Strategy):
-            sharding.shard(self.net, self._strategy.device_mesh["data_parallel"])
+            self._strategy.shard(self.net)
         if stage == "fit":
             # Before weights are cut into vectors, which go without weight decay.
             self._optimizer = self._create_optimizer()
@@ -393,7 +393,7 @@ def naming(option: str) -> Iterator[None]:
 def _as_vectors(checkpoint: dict[str, Any]) -> None:
     """alpha and beta, which early checkpoints have as scalars, as vectors of one; so what the
     optimizer knows of them."""
-    weights = checkpoint["state_dict"]
+    weights = checkpoint.get("state_dict", {})  # FSDP has loaded them by then
     for name, weight in weights.items():
         if name.endswith((".mix.alpha", ".mix.beta")):
             weights[name] = torch.atleast_1d(weight)

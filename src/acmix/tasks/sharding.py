@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -40,6 +39,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def shard(self, network: nn.Module) -> None:
+        """Leave each process its rows of every weight, gathered for each pass of the network."""
+        if self._layer_sync is not None:
+            network = self._layer_sync.apply(network)
+        network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+        fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -73,12 +79,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2: each process holds rows of the weights")
-
-
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave each process its rows of every weight, gathered for each pass of the network."""
-    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
-    fully_shard(network, mesh=mesh)
 
 
 @contextmanager
