@@ -5,13 +5,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from acmix.ops import weighted_aggregation, window_attention
 from acmix.ops._library import INTERPRETED
+from acmix.ops.window_attention import reference
+
+Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
+# What the convolution path of every layer refuses.
+WRONG_CONVOLUTION = [
+    ({"kernel_conv": 2}, "kernel_conv: expected an odd"),
+    ({"mix": "mean"}, "mix: expected one of"),
+    ({"shift": "none"}, "shift: expected one of"),
+]
 
 # Of what may run on a GPU; in Triton's interpreter that is the CPU.
 DEVICE = torch.device("cpu")
@@ -80,6 +91,44 @@ def run_script(script: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def attention(shape: Shape, backend: str, heads: int = 2) -> Callable[..., Tensor]:
+    """Window attention of one shape by one backend, as a function of the tensors."""
+    _, _, window, stride, dilation = shape
+    sizes = {"heads": heads, "window": window, "stride": stride, "dilation": dilation}
+
+    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
+        return window_attention(q, k, v, position=position, backend=backend, **sizes)
+
+    return function
+
+
+def aggregation(shape: Shape, backend: str) -> Callable[..., Tensor]:
+    """Weighted aggregation of one shape by one backend, as a function of the tensors."""
+    _, _, window, stride, dilation = shape
+    sizes = {"window": window, "stride": stride, "dilation": dilation}
+    return partial(weighted_aggregation, backend=backend, **sizes)
+
+
+def assert_mixes(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], shape: Shape, tolerance: float
+) -> None:
+    """base + bias + alpha * attention, and every gradient, of (q, k, v, position, base, alpha,
+    bias)."""
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        base, alpha, bias = mix
+        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
+
+    def actual(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        return forward(q, k, v, p, *shape[2:], *mix)
+
+    assert_all_close(
+        outputs_and_gradients(actual, inputs),
+        outputs_and_gradients(expected, [x.double() for x in inputs]),
+        tolerance,
+    )
 
 
 def as_function(layer: nn.Module) -> Callable[..., Tensor]:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from helpers import (
     TOLERANCE,
+    Shape,
     assert_all_close,
+    assert_mixes,
     assert_threads_agree,
     outputs_and_gradients,
     run_script,
@@ -65,7 +67,6 @@ GRID = [
 grid = pytest.mark.parametrize(
     "shape", GRID, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
 )
-Shape = tuple[int, int, int, int, int]
 
 
 def attention_inputs(
@@ -270,20 +271,11 @@ def test_threads_agree_to_the_bit(size: tuple[int, int], stride: int, threads_of
 
 
 def test_mix() -> None:
-    """base + bias + alpha * attention, and every gradient."""
     shape = (9, 20, 5, 1, 1)
     q, k, v, position = attention_inputs(shape)
     inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7), torch.randn_like(q[:1])]
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        base, alpha, bias = mix
-        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
-
-    def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        return native.forward(q, k, v, p, *shape[2:], *mix)
-
-    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
-    assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[torch.float32])
+    assert_mixes(native.forward, inputs, shape, TOLERANCE[torch.float32])
 
 
 def test_extreme_logits() -> None:
