@@ -1,6 +1,7 @@
 """What several test files share: one table of tolerances, gradients of a random loss, a layer as a
 function, the two forms of its convolution path, and memory that nothing wrote."""
 
+import math
 import os
 import subprocess
 import sys
@@ -91,6 +92,29 @@ def run_script(script: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def each_shape(shapes: Sequence[Shape]) -> pytest.MarkDecorator:
+    """A test for each shape, named by it."""
+    return pytest.mark.parametrize(
+        "shape", shapes, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
+    )
+
+
+def attention_inputs(
+    shape: Shape,
+    head_dim: int = 3,
+    dtype: torch.dtype = torch.float32,
+    heads: int = 2,
+    batch: int = 2,
+) -> list[Tensor]:
+    """q (B, C, Ho, Wo), k and v (B, C, H, W), position (d, 2)."""
+    height, width, _, stride, _ = shape
+    out_size = math.ceil(height / stride), math.ceil(width / stride)
+    channels = heads * head_dim
+    q = torch.randn(batch, channels, *out_size, dtype=dtype)
+    k, v = torch.randn(2, batch, channels, height, width, dtype=dtype)
+    return [q, k, v, torch.randn(head_dim, 2, dtype=dtype)]
 
 
 def attention(shape: Shape, backend: str, heads: int = 2) -> Callable[..., Tensor]:

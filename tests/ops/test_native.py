@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from helpers import (
@@ -18,6 +19,7 @@ from helpers import (
     assert_all_close,
     assert_mixes,
     assert_threads_agree,
+    each_shape,
     outputs_and_gradients,
     run_script,
 )
@@ -64,19 +66,15 @@ GRID = [
     (40, 9, 3, 3, 1),
     (6, 24, 13, 1, 1),
 ]
-grid = pytest.mark.parametrize(
-    "shape", GRID, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
-)
+grid = each_shape(GRID)
 
 
 def attention_inputs(
     shape: Shape, head_dim: int = 3, dtype: torch.dtype = torch.float32, heads: int = 2
 ) -> list[Tensor]:
-    height, width, _, stride, _ = shape
-    out_size = math.ceil(height / stride), math.ceil(width / stride)
-    q = torch.randn(2, heads, head_dim, *out_size, dtype=dtype)
-    k, v = torch.randn(2, 2, heads, head_dim, height, width, dtype=dtype)
-    return [q, k, v, torch.randn(head_dim, 2)]
+    """As the kernel takes them, heads apart; the position in float32."""
+    *maps, position = helpers.attention_inputs(shape, head_dim, dtype, heads)
+    return [*(x.unflatten(1, (heads, head_dim)) for x in maps), position.float()]
 
 
 def aggregation_inputs(

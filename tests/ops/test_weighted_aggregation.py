@@ -9,6 +9,7 @@ from helpers import (
     TOLERANCE,
     aggregation,
     assert_all_close,
+    each_shape,
     outputs_and_gradients,
 )
 from torch import Tensor
@@ -17,9 +18,7 @@ from acmix.ops import weighted_aggregation
 
 # (H, W, window, stride, dilation)
 SHAPES = [(7, 9, 7, 1, 1), (1, 1, 5, 1, 1), (1, 4, 3, 2, 1), (9, 6, 3, 2, 1), (5, 8, 5, 1, 2)]
-GRID = pytest.mark.parametrize(
-    "shape", SHAPES, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
-)
+GRID = each_shape(SHAPES)
 
 
 def make_inputs(

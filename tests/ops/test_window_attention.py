@@ -1,6 +1,7 @@
 """Windowed attention: the reference against loops over numpy's padding, the rest against it."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from helpers import (
     TOLERANCE,
     assert_all_close,
     attention,
+    attention_inputs,
+    each_shape,
     outputs_and_gradients,
 )
 from torch import Tensor
@@ -35,24 +38,10 @@ SHAPES = [
     (4, 3, 5, 2, 4),
     (17, 16, 1, 1, 1),
 ]
-GRID = pytest.mark.parametrize(
-    "shape", SHAPES, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
-)
+GRID = each_shape(SHAPES)
 
 
-def make_inputs(
-    shape: tuple[int, ...],
-    heads: int = 2,
-    head_dim: int = 3,
-    batch: int = 2,
-    dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    height, width, _, stride, _ = shape
-    out_size = math.ceil(height / stride), math.ceil(width / stride)
-    channels = heads * head_dim
-    q = torch.randn(batch, channels, *out_size, dtype=dtype)
-    k, v = torch.randn(2, batch, channels, height, width, dtype=dtype)
-    return [q, k, v, torch.randn(head_dim, 2, dtype=dtype)]
+make_inputs = partial(attention_inputs, dtype=torch.float64)
 
 
 def attention_by_loops(
@@ -117,7 +106,7 @@ def test_tiled_is_the_reference(shape: tuple[int, ...], position: bool, dtype: t
 def test_head_sizes_and_empty_batch(backend: str, head_dim: int) -> None:
     shape = (9, 8, 7, 1, 1)
     for batch in (0, 1):
-        inputs = make_inputs(shape, 3, head_dim, batch, torch.float32)
+        inputs = make_inputs(shape, head_dim, heads=3, batch=batch, dtype=torch.float32)
         actual = outputs_and_gradients(attention(shape, backend, heads=3), inputs)
         exact = [x.double() for x in inputs]
         expected = outputs_and_gradients(attention(shape, "reference", heads=3), exact)

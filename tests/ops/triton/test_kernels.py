@@ -8,6 +8,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import (
@@ -19,6 +20,7 @@ from helpers import (
     assert_all_close,
     assert_mixes,
     attention,
+    each_shape,
     outputs_and_gradients,
 )
 from torch import Tensor
@@ -87,23 +89,16 @@ AGGREGATION: list[Shape] = [
 ]
 
 
-def named(shape: Shape) -> str:
-    return "{}x{}-window{}-stride{}-dilation{}".format(*shape)
-
-
 def sizes(shapes: list[Shape]) -> pytest.MarkDecorator:
     shapes = shapes if INTERPRETED else [*shapes, *LARGE]
-    return pytest.mark.parametrize("shape", shapes, ids=named)
+    return each_shape(shapes)
 
 
 def attention_inputs(
     shape: Shape, head_dim: int = 3, dtype: torch.dtype = torch.float32, batch: int = BATCH
 ) -> list[Tensor]:
-    height, width, _, stride, _ = shape
-    out_size = math.ceil(height / stride), math.ceil(width / stride)
-    q = torch.randn(batch, 2 * head_dim, *out_size).to(DEVICE, dtype)
-    k, v = torch.randn(2, batch, 2 * head_dim, height, width).to(DEVICE, dtype)
-    return [q, k, v, torch.randn(head_dim, 2, device=DEVICE)]
+    *maps, position = helpers.attention_inputs(shape, head_dim, batch=batch)
+    return [*(x.to(DEVICE, dtype) for x in maps), position.to(DEVICE)]
 
 
 def aggregation_inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -141,7 +136,7 @@ def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     check(attention, shape, attention_inputs(shape, head_dim, dtype))
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 3, 1, 1), (9, 13, 5, 1, 2)], ids=named)
+@each_shape([(5, 6, 3, 1, 1), (9, 13, 5, 1, 2)])
 @half_too
 def test_mix(shape: Shape, dtype: torch.dtype) -> None:
     """base + bias + alpha * attention, and every gradient; once with all keys of a tile in one
