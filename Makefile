@@ -4,6 +4,8 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+# A worker a core, each with one thread; a worker takes over tests from another that has more left.
+TEST = $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal --basetemp=.cache/pytest
 READY := .venv/.ready
 
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
@@ -11,7 +13,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-networks bench-gpu asan sanitize-gpu clean
+.PHONY: help demo test test-fast lint format bench bench-networks bench-gpu asan sanitize-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,8 +21,14 @@ help: ## this list
 demo: $(READY) ## train a small ACmix network on real digits; pictures in runs/digits/
 	@$(BIN)/acmix fit --config recipes/digits.yaml
 
-test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest --basetemp=.cache/pytest
+test: $(READY) | .cache ## the whole test suite
+	$(TEST)
+
+test-fast: $(READY) | .cache ## the core of every part in two minutes: what is not marked slow
+	$(TEST) -m 'not slow'
+
+.cache:
+	mkdir $@
 
 lint: $(READY) ## lint, format and type checks over the whole tree
 	$(BIN)/ruff check .

@@ -1,14 +1,29 @@
 """What several test files share: one table of tolerances, gradients of a random loss, a layer as a
-function, and the forms of its convolution path."""
+function, the forms of its convolution path, and memory that nothing wrote."""
 
-from collections.abc import Callable, Sequence
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from acmix.ops import weighted_aggregation, window_attention
 from acmix.ops._library import INTERPRETED
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
+from acmix.ops.window_attention import reference
+
+Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
+# What the convolution path of every layer refuses.
+WRONG_CONVOLUTION = [
+    ({"kernel_conv": 2}, "kernel_conv: expected an odd"),
+    ({"mix": "mean"}, "mix: expected one of"),
+    ({"shift": "none"}, "shift: expected one of"),
+]
 
 # Of what may run on a GPU; in Triton's interpreter that is the CPU.
 DEVICE = torch.device("cpu")
@@ -56,6 +71,91 @@ def assert_all_close(
         assert error <= tolerance, f"{what} tensor {index}: relative error {error:.2e}"
 
 
+def assert_threads_agree(function: Callable[[], list[Tensor]]) -> None:
+    """The same bits with any number of threads."""
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(function())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def run_script(script: str, **environment: str) -> str:
+    """What a Python script printed, in a process of its own that must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def each_shape(shapes: Sequence[Shape]) -> pytest.MarkDecorator:
+    """A test for each shape, named by it."""
+    return pytest.mark.parametrize(
+        "shape", shapes, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
+    )
+
+
+def attention_inputs(
+    shape: Shape,
+    head_dim: int = 3,
+    dtype: torch.dtype = torch.float32,
+    heads: int = 2,
+    batch: int = 2,
+) -> list[Tensor]:
+    """q (B, C, Ho, Wo), k and v (B, C, H, W), position (d, 2)."""
+    height, width, _, stride, _ = shape
+    out_size = math.ceil(height / stride), math.ceil(width / stride)
+    channels = heads * head_dim
+    q = torch.randn(batch, channels, *out_size, dtype=dtype)
+    k, v = torch.randn(2, batch, channels, height, width, dtype=dtype)
+    return [q, k, v, torch.randn(head_dim, 2, dtype=dtype)]
+
+
+def attention(shape: Shape, backend: str, heads: int = 2) -> Callable[..., Tensor]:
+    """Window attention of one shape by one backend, as a function of the tensors."""
+    _, _, window, stride, dilation = shape
+    sizes = {"heads": heads, "window": window, "stride": stride, "dilation": dilation}
+
+    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
+        return window_attention(q, k, v, position=position, backend=backend, **sizes)
+
+    return function
+
+
+def aggregation(shape: Shape, backend: str) -> Callable[..., Tensor]:
+    """Weighted aggregation of one shape by one backend, as a function of the tensors."""
+    _, _, window, stride, dilation = shape
+    sizes = {"window": window, "stride": stride, "dilation": dilation}
+    return partial(weighted_aggregation, backend=backend, **sizes)
+
+
+def assert_mixes(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], shape: Shape, tolerance: float
+) -> None:
+    """base + bias + alpha * attention, and every gradient, of (q, k, v, position, base, alpha,
+    bias)."""
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        base, alpha, bias = mix
+        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
+
+    def actual(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
+        return forward(q, k, v, p, *shape[2:], *mix)
+
+    assert_all_close(
+        outputs_and_gradients(actual, inputs),
+        outputs_and_gradients(expected, [x.double() for x in inputs]),
+        tolerance,
+    )
+
+
 def as_function(layer: nn.Module) -> Callable[..., Tensor]:
     """The layer as a function of x and its parameters, for the gradient of each."""
     names = [name for name, _ in layer.named_parameters()]
@@ -70,3 +170,13 @@ def set_form(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Every backend but the reference takes that form, "pieces" or "dense"."""
     for backend in ("tiled", "native"):
         monkeypatch.setattr(CONVOLUTION[backend], "dense", lambda x: form == "dense")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """In the folders whose conftest.py imports it: what nothing wrote is NaN, not a lucky zero."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -59,6 +59,7 @@ def test_info_of_a_long_reason_is_one_line(capsys, monkeypatch):
     assert f"not here: {reason.strip()}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_info_and_help_load_no_lightning():
     code = (
         "import sys; from acmix.cli import main; main(['info']); main(['--help']);"

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import acmix
 from acmix import ops
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """`import acmix` adds no heavy package to what timm loads, no kernel, and none of its CLI."""
     script = """if True:
@@ -74,3 +77,13 @@ def test_readme_shows_commands_that_exist() -> None:
     assert commands[:2] == ["demo", "test"]
     for command in commands:
         assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
+
+def test_some_tests_of_every_folder_are_fast(request: pytest.FixtureRequest) -> None:
+    tests = request.session.items
+    if {test.path.parent for test in tests} < {
+        file.parent for file in (ROOT / "tests").rglob("test_*.py")
+    }:
+        pytest.skip("not the whole suite")
+    fast = {test.path.parent for test in tests if test.get_closest_marker("slow") is None}
+    assert {test.path.parent for test in tests} == fast

@@ -29,13 +29,6 @@ ON_ONE_CPU = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Two classes, four pictures to learn from and one held out of each."""
@@ -111,6 +104,7 @@ def test_small_recipe_takes_a_step(name, pictures, tmp_path):
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_warm_start_from_a_checkpoint_and_going_on_without_it(pictures, tmp_path):
     small = ["--data.batch_size", "4", "--trainer.limit_val_batches", "1"]
     still = ["--model.sched", "none", "--model.lr", "0", "--model.weight_decay", "0"]

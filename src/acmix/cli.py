@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 # What takes long to import (torch, rich, timm) is imported where it is used: help is immediate, and
 # Ctrl-C while it loads stops in one line.
-from acmix.tasks.errors import Parser, UserError, did_you_mean, user_errors
+from acmix.errors import Parser, UserError, did_you_mean, user_errors
 
 HELP = """\
 usage: acmix COMMAND [options]

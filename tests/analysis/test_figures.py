@@ -118,6 +118,7 @@ def test_confusion(tmp_path, classes):
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 12, 3)])
 @pytest.mark.parametrize("layers", [1, 16])
+@pytest.mark.slow
 def test_views_of_an_image(tmp_path, shape, layers):
     weights = torch.zeros(2, 4, 4)
     weights[:, 1, 2] = 1

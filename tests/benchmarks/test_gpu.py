@@ -24,6 +24,7 @@ def run(gpu, monkeypatch, *options):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.slow
 def test_every_part_leaves_rows_and_a_figure(gpu, monkeypatch, tmp_path, capsys):
     quick = ("--device", "cpu", "--quick", "--out", tmp_path)
     assert run(gpu, monkeypatch, *quick) == 0
@@ -50,6 +51,7 @@ def test_what_would_start_too_late_is_not_run(gpu, monkeypatch, tmp_path):
     assert not (tmp_path / "gpu.png").exists()
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_that_says_why(gpu, monkeypatch, tmp_path):
     def fails(*_):
         raise RuntimeError("no compiler\nhere")
@@ -63,6 +65,7 @@ def test_what_fails_is_a_row_that_says_why(gpu, monkeypatch, tmp_path):
     assert told == [row["run"] != "forward+backward" for row in rows]
 
 
+@pytest.mark.slow
 def test_every_tile_is_checked_and_timed(gpu, monkeypatch, tmp_path, capsys):
     tiles = pytest.importorskip("acmix.ops.window_attention.triton").candidates(64)
     quick = ("--device", "cpu", "--quick", "--only", "variants", "--out", tmp_path)

@@ -228,6 +228,7 @@ class TerminateAt(Callback):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.slow
 def test_fit_from_shards_goes_on_within_an_epoch(tmp_path):
     write_shards(tmp_path / "wds", "train", [9, 12])
     write_shards(tmp_path / "wds", "val", [4])

@@ -249,6 +249,7 @@ def test_every_small_map(form: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.slow
 def test_compile(backend: str) -> None:
     torch.compiler.reset()
     layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
@@ -256,6 +257,7 @@ def test_compile(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.slow
 def test_compile_with_dynamic_sizes(backend: str) -> None:
     torch.compiler.reset()
     layer = make_layer(dtype=torch.float32, stride=2, backend=backend)

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close
+from helpers import (
+    TOLERANCE,
+    WRONG_CONVOLUTION,
+    assert_all_close,
+)
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -163,9 +167,7 @@ def test_export(reduction: int) -> None:
     [
         ({"heads": 3}, "dim: expected a multiple of heads"),
         ({"reduction": 0}, "reduction: expected a positive int"),
-        ({"kernel_conv": 2}, "kernel_conv: expected an odd"),
-        ({"mix": "mean"}, "mix: expected one of"),
-        ({"shift": "none"}, "shift: expected one of"),
+        *WRONG_CONVOLUTION,
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     TOLERANCE,
+    WRONG_CONVOLUTION,
     as_function,
     assert_all_close,
     outputs_and_gradients,
@@ -272,9 +273,7 @@ def test_attention_dropout_is_for_training() -> None:
         ({"window_size": (2, 3, 4)}, "window_size: expected an int or"),
         ({"shift_size": 4}, "shift_size: expected 0 or more and less than the window"),
         ({"shift_size": -1}, "shift_size: expected 0 or more"),
-        ({"kernel_conv": 2}, "kernel_conv: expected an odd"),
-        ({"mix": "mean"}, "mix: expected one of"),
-        ({"shift": "none"}, "shift: expected one of"),
+        *WRONG_CONVOLUTION,
         ({"shift_init": "zero"}, "shift_init: expected one of"),
     ],
     ids=str,

@@ -240,6 +240,7 @@ def test_lists_all_that_does_not_fit(name: str) -> None:
 
 
 @small
+@pytest.mark.slow
 def test_any_missing_key_is_named(name: str) -> None:
     """Also those that the sizes of the network are read from."""
     weights = released_weights(name)

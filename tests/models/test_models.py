@@ -71,7 +71,10 @@ def few(name: str, **arguments: object) -> nn.Module:
     return timm.create_model(name, **{"num_classes": 10, **depths, **arguments})
 
 
-@pytest.fixture(scope="module", params=NAMES)
+DEEPER = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in EACH]
+
+
+@pytest.fixture(scope="module", params=[*EACH, *DEEPER])
 def whole(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     """Each model as it is registered; tests leave it as it was."""
     return request.param, timm.create_model(request.param)
@@ -291,6 +294,7 @@ shallow = pytest.mark.parametrize("name", SHALLOW)
 
 
 @shallow
+@pytest.mark.slow
 def test_compile(name: str) -> None:
     model = timm.create_model(name, **SHALLOW[name]).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -299,6 +303,7 @@ def test_compile(name: str) -> None:
 
 
 @shallow
+@pytest.mark.slow
 def test_export(name: str) -> None:
     """A program of one map for maps of any size, its own and img_size among them."""
     model = timm.create_model(name, **SHALLOW[name]).eval()
@@ -311,6 +316,7 @@ def test_export(name: str) -> None:
 
 
 @shallow
+@pytest.mark.slow
 def test_onnx(name: str) -> None:
     """Our operators are not ONNX's: the exported graph holds none of them."""
     pytest.importorskip("onnxscript")
@@ -420,6 +426,7 @@ def test_unknown_names_suggest_near_ones() -> None:
     assert acmix.models.create_model("resnet11_tiny_conv").path == "conv"
 
 
+@pytest.mark.slow
 def test_import_leaves_timms_names_alone() -> None:
     """In a process of its own: which names were there before is known only there."""
     script = """

@@ -10,9 +10,19 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import (
+    TOLERANCE,
+    Shape,
+    assert_all_close,
+    assert_mixes,
+    assert_threads_agree,
+    each_shape,
+    outputs_and_gradients,
+    run_script,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,20 +66,15 @@ GRID = [
     (40, 9, 3, 3, 1),
     (6, 24, 13, 1, 1),
 ]
-grid = pytest.mark.parametrize(
-    "shape", GRID, ids=lambda s: "{}x{}-window{}-stride{}-dilation{}".format(*s)
-)
-Shape = tuple[int, int, int, int, int]
+grid = each_shape(GRID)
 
 
 def attention_inputs(
     shape: Shape, head_dim: int = 3, dtype: torch.dtype = torch.float32, heads: int = 2
 ) -> list[Tensor]:
-    height, width, _, stride, _ = shape
-    out_size = math.ceil(height / stride), math.ceil(width / stride)
-    q = torch.randn(2, heads, head_dim, *out_size, dtype=dtype)
-    k, v = torch.randn(2, 2, heads, head_dim, height, width, dtype=dtype)
-    return [q, k, v, torch.randn(head_dim, 2)]
+    """As the kernel takes them, heads apart; the position in float32."""
+    *maps, position = helpers.attention_inputs(shape, head_dim, dtype, heads)
+    return [*(x.unflatten(1, (heads, head_dim)) for x in maps), position.float()]
 
 
 def aggregation_inputs(
@@ -102,15 +107,8 @@ def check_aggregation(shape: Shape, inputs: list[Tensor], tolerance: float) -> N
     assert_all_close(actual, truth, tolerance)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["torch", "own"])
-def threads_of(request: pytest.FixtureRequest, threads: None) -> Iterator[None]:
+def threads_of(request: pytest.FixtureRequest) -> Iterator[None]:
     """PyTorch's threads, and the kernel's own for where those are not to be had."""
     library = _native._library()
     if request.param == "own":
@@ -120,7 +118,7 @@ def threads_of(request: pytest.FixtureRequest, threads: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def poison(threads: None) -> Iterator[Callable[[], None]]:
+def poison() -> Iterator[Callable[[], None]]:
     """New tensors are full of NaN; so is the kernel's scratch after a call of the result."""
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -262,32 +260,20 @@ def test_poisoned_memory(shape: Shape, poison: Callable[[], None]) -> None:
 def test_threads_agree_to_the_bit(size: tuple[int, int], stride: int, threads_of: None) -> None:
     shape = (*size, 7, stride, 1)
     inputs, aggregation = attention_inputs(shape, 8), aggregation_inputs(shape)
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(
+    assert_threads_agree(
+        lambda: (
             outputs_and_gradients(run(native.forward, shape), inputs)
             + outputs_and_gradients(run(aggregation_native.forward, shape), aggregation)
         )
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    )
 
 
 def test_mix() -> None:
-    """base + bias + alpha * attention, and every gradient."""
     shape = (9, 20, 5, 1, 1)
     q, k, v, position = attention_inputs(shape)
     inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7), torch.randn_like(q[:1])]
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        base, alpha, bias = mix
-        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
-
-    def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        return native.forward(q, k, v, p, *shape[2:], *mix)
-
-    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
-    assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[torch.float32])
+    assert_mixes(native.forward, inputs, shape, TOLERANCE[torch.float32])
 
 
 def test_extreme_logits() -> None:
@@ -366,20 +352,8 @@ def test_python_threads_at_once(threads_of: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def run_script(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.slow
 def test_after_fork() -> None:
     """A child finds a pool without threads and starts its own."""
     script = """
@@ -398,24 +372,7 @@ assert torch.equal(before, native.forward(q, q, q, None, 7, 1, 1))
     run_script(script)
 
 
-@pytest.mark.skipif(
-    _native.reason() is not None or _native.simd() == "neon", reason="one build for Arm"
-)
-@pytest.mark.parametrize("simd", ["plain", "avx2"])
-def test_narrower_instructions(simd: str) -> None:
-    levels = ["plain", "avx2", "avx512"]
-    if levels.index(simd) >= levels.index(_native.simd()):
-        pytest.skip(f"{simd} is not narrower than what this machine runs")
-    script = f"""
-import sys, pytest
-from acmix.ops import _native
-assert _native.simd() == {simd!r}, _native.simd()
-arguments = [{__file__!r}, "-q", "-x", "-k", "test_grid or test_half", "-p", "no:cacheprovider"]
-sys.exit(pytest.main(arguments))
-"""
-    run_script(script, ACMIX_SIMD=simd)
-
-
+@pytest.mark.slow
 def test_unknown_instructions() -> None:
     script = """
 from acmix.ops import backends
@@ -424,6 +381,7 @@ assert backends()["native"] == "ACMIX_SIMD: expected plain, avx2, avx512, got 's
     run_script(script, ACMIX_SIMD="sse")
 
 
+@pytest.mark.slow
 def test_import_loads_no_library() -> None:
     script = """
 from acmix.ops import _native
@@ -465,6 +423,7 @@ def test_opcheck(index: int) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
 def test_compile(dynamic: bool) -> None:
     def both(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         out = window_attention(q * 2, k, v, heads=2, window=3, backend="native")
@@ -551,6 +510,7 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     """The install goes on without the kernel and the reason is told; or it fails when asked to."""
     done = build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent")

@@ -2,14 +2,11 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, assert_all_close, assert_threads_agree, outputs_and_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -84,13 +81,6 @@ def with_fc(inputs: list[Tensor], made: int) -> list[Tensor]:
         torch.randn(len(weight), made, *weight.shape[2:]),
         torch.randn(made, pieces.shape[1]),
     ]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -210,7 +200,7 @@ def test_dilation_beyond_the_map() -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_poisoned_memory(size: tuple[int, int], layout: str, threads: None) -> None:
+def test_poisoned_memory(size: tuple[int, int], layout: str) -> None:
     """Nothing is read before it is written: neither new tensors nor what earlier calls left."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -229,15 +219,10 @@ def test_poisoned_memory(size: tuple[int, int], layout: str, threads: None) -> N
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:3])
 @pytest.mark.parametrize(("size", "batch"), [((60, 40), 2), ((7, 7), 33)], ids=str)
 def test_threads_agree_to_the_bit(
-    size: tuple[int, int], batch: int, layout: str, stride: int, threads: None
+    size: tuple[int, int], batch: int, layout: str, stride: int
 ) -> None:
     inputs = make_inputs(size, groups=5, batch=batch, layout=layout)
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(outputs_and_gradients(lambda p, w: run(p, w, stride, 1), inputs))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_agree(lambda: outputs_and_gradients(lambda p, w: run(p, w, stride, 1), inputs))
 
 
 @given(
@@ -261,32 +246,6 @@ def test_any(
 ) -> None:
     inputs = make_inputs(size, kernel, *sizes, layout=layout)
     assert_all_close(*both_ways(inputs, stride, dilation), 2e-5)
-
-
-@pytest.mark.skipif(
-    _native.reason() is not None or _native.simd() == "neon", reason="one build for Arm"
-)
-@pytest.mark.parametrize("simd", ["plain", "avx2"])
-def test_narrower_instructions(simd: str) -> None:
-    levels = ["plain", "avx2", "avx512"]
-    if levels.index(simd) >= levels.index(_native.simd()):
-        pytest.skip(f"{simd} is not narrower than what this machine runs")
-    script = f"""
-import sys, pytest
-from acmix.ops import _native
-assert _native.simd() == {simd!r}, _native.simd()
-arguments = [{__file__!r}, "-q", "-x", "-k", "test_grid_channels or test_several or test_half"]
-sys.exit(pytest.main([*arguments, "-p", "no:cacheprovider"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "ACMIX_SIMD": simd},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("layout", ["nchw channel_major", "channels_last channel_major"])

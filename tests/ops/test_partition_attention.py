@@ -2,11 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, assert_all_close, assert_threads_agree, outputs_and_gradients
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,13 +51,6 @@ def check(name: str, shape: Shape, inputs: list[Tensor], tolerance: float) -> No
     actual = outputs_and_gradients(run(name, shape), inputs)
     expected = outputs_and_gradients(run("reference", shape), [x.double() for x in inputs])
     assert_all_close(actual, expected, tolerance)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
@@ -135,7 +129,7 @@ def test_empty_batch() -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("shape", GRID, ids=str)
-def test_poisoned_memory(shape: Shape, threads: None) -> None:
+def test_poisoned_memory(shape: Shape) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -149,15 +143,10 @@ def test_poisoned_memory(shape: Shape, threads: None) -> None:
 
 
 @needs_kernel
-def test_threads_agree_to_the_bit(threads: None) -> None:
+def test_threads_agree_to_the_bit() -> None:
     for shape, batch in itertools.product(GRID[:3], [1, 70]):
         inputs = make_inputs(shape, batch=batch)
-        results = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(outputs_and_gradients(run("native", shape), inputs))
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_threads_agree(partial(outputs_and_gradients, run("native", shape), inputs))
 
 
 @needs_kernel

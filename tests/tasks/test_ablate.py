@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from acmix.cli import main
@@ -25,13 +24,6 @@ def rows_of(out):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """conv and acmix, two seeds each, with an argument of the operator."""
@@ -41,6 +33,7 @@ def paths(tmp_path_factory):
     return out, options
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_runs(paths):
     out, _ = paths
     rows = rows_of(out)
@@ -60,6 +53,7 @@ def test_results_are_those_of_the_runs(paths):
     assert (out / "ablation.png").is_file()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_a_missing_one_is_made(paths, capsys):
     out, options = paths
     before = rows_of(out)
@@ -81,12 +75,14 @@ def test_finished_runs_are_not_repeated_and_a_missing_one_is_made(paths, capsys)
     assert [row["accuracy"] for row in rows_of(out)] == [row["accuracy"] for row in before]
 
 
+@pytest.mark.slow
 def test_other_options_are_refused(paths, capsys):
     out, options = paths
     assert study("paths", out, *options, "--model.lr", "1e-4") == 2
     assert "holds an ablation with other options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shifts(tmp_path):
     options = ["--variants", "tensor", "learned_random", "--seeds", "1"]
     assert study("shifts", tmp_path / "out", *options) == 0

@@ -24,13 +24,6 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 SHORT = ["--trainer.limit_train_batches", "4", "--trainer.max_epochs", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def fit(run, *options):
     return main(["fit", "--config", str(RECIPE), "--run", str(run), *SHORT, *options])
 
@@ -49,9 +42,7 @@ def weights_of(run):
 def run(tmp_path_factory):
     """A finished short run, shared; whoever writes into it copies it first."""
     folder = tmp_path_factory.mktemp("fit") / "run"
-    threads = torch.get_num_threads()
     assert fit(folder) == 0
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -133,6 +124,7 @@ def test_predict_writes_a_row_an_image(run):
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_an_earlier_run_is_kept(run, tmp_path, capsys):
     again = tmp_path / "run"
     assert fit(again) == 0
@@ -160,6 +152,7 @@ def config_of(run):
     return ["fit", "--config", str(run / "config.yaml")]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, capsys):
     moved, other = tmp_path / "run.1", tmp_path / "run"
     shutil.copytree(run, moved)
@@ -173,6 +166,31 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(run, tmp_path, monkeypatch, 
     assert sorted(tmp_path.iterdir()) == [other, moved]
 
 
+@pytest.mark.slow
+def test_an_early_checkpoint_with_scalars_goes_on_to_the_same_bits(run, tmp_path):
+    """alpha, beta and what the optimizer knows of them were scalars once."""
+    runs = []
+    for early in (False, True):
+        runs.append(shutil.copytree(run, tmp_path / f"early {early}"))
+        path = runs[-1] / "checkpoints" / "last.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        [optimizer] = checkpoint["optimizer_states"]
+        weights = checkpoint["state_dict"]
+        mix = [name for name in weights if ".mix." in name]
+        moments = [state for state in optimizer["state"].values() if state["exp_avg"].numel() == 1]
+        assert len(mix) == len(moments) == 6
+        if early:
+            weights.update({name: weights[name].squeeze() for name in mix})
+            for state in moments:
+                state.update({name: value.squeeze() for name, value in state.items()})
+            torch.save(checkpoint, path)
+        args = [*config_of(runs[-1]), "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+        assert main(args) == 0
+    one, two = map(weights_of, runs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
 def test_last_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
     folder = tmp_path / "run"
     assert fit(folder, "--ckpt_path", "last", "--trainer.max_epochs", "1") == 0
@@ -229,6 +247,7 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path, monkeypatch, capsys, w
     assert list(folder.iterdir()) == [folder / "config.yaml"]
 
 
+@pytest.mark.slow
 def test_the_working_folder_as_run(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -247,6 +266,7 @@ def test_nothing_to_train_leaves_no_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     "option", [["--trainer.fast_dev_run", "true"], ["--trainer.limit_val_batches", "0"]]
 )
+@pytest.mark.slow
 def test_the_final_table_names_only_what_there_is(tmp_path, capsys, option):
     folder = tmp_path / "run"
     assert fit(folder, *option) == 0
@@ -273,6 +293,7 @@ def test_suggested_commands_take_their_folder_as_one_word(tmp_path):
         assert len(report.next_commands(run, other)) == 1
 
 
+@pytest.mark.slow
 def test_lines_come_within_an_epoch(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     assert fit(tmp_path / "run", "--trainer.max_epochs", "1") == 0
@@ -333,6 +354,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_saved(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "acmix.cli", "fit", "--config", str(RECIPE)]

@@ -19,9 +19,9 @@ from timm.data import create_transform
 
 from acmix.analysis.explain import explain
 from acmix.cli import main
+from acmix.errors import UserError
 from acmix.tasks import predict
 from acmix.tasks.classification import Classification
-from acmix.tasks.errors import UserError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 LAYERS = ("layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2")
@@ -31,10 +31,8 @@ LAYERS = ("layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2")
 def run(tmp_path_factory):
     """A short run with a moving average of the weights, shared."""
     folder = tmp_path_factory.mktemp("predict") / "run"
-    threads = torch.get_num_threads()
     args = ["fit", "--config", str(RECIPE), "--run", str(folder), "--trainer.max_epochs", "1"]
     assert main([*args, "--trainer.limit_train_batches", "3", "--model.ema_decay", "0.5"]) == 0
-    torch.set_num_threads(threads)
     return folder
 
 

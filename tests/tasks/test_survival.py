@@ -1,24 +1,28 @@
 """A run that was killed goes on to the weights of one that was not, to the last bit."""
 
-import csv
-import operator
-import os
+import json
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch.utils._pytree import keystr, tree_leaves_with_path
-
-from acmix.cli import main
+from tasks.runs import (
+    GLOBAL_BATCH,
+    TWO_PROCESSES,
+    assert_same_end,
+    checkpoint_of,
+    ended,
+    fit,
+    rows_of,
+    signal_at,
+    start,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 # All that is random or has a memory; two epochs of 11 steps, a checkpoint every 4.
 STATEFUL = {
     "data.batch_size": 128,
@@ -29,114 +33,36 @@ STATEFUL = {
     "model.ema_decay": 0.9,
     "trainer.limit_val_batches": 0.5,  # 1 may be read as 1.0, all of them
 }
-# A step of one process has the images of a step of two; layer norm, as batch statistics differ.
-GLOBAL_BATCH = {
-    "data.batch_size": 128,
-    "model.model_kwargs.norm_layer": "groupnorm1",
-    "trainer.max_epochs": 2,
-}
-TWO_PROCESSES = {
-    **GLOBAL_BATCH,
-    "data.batch_size": 64,
-    "trainer.devices": 2,
-    "trainer.strategy": "ddp",
-}
-
-
-class SignalAt(Callback):
-    """Sends this process a signal once `step` steps are done, before they are saved."""
-
-    def __init__(self, step: int, number: int) -> None:
-        self.step, self.number = step, number
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-
-
-def arguments(run, options, *more):
-    given = {"trainer.max_epochs": 2, "every_n_steps": 4, "run": run, **options}
-    return ["fit", "--config", str(RECIPE), *(f"--{k}={v}" for k, v in given.items()), *more]
-
-
-def fit(run, options, *more):
-    """In this process, with its number of threads left as it was."""
-    threads = torch.get_num_threads()
-    try:
-        return main(arguments(run, options, *more))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def start(run, options, *more):
-    """In a process of its own."""
-    tests = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])}
-    return subprocess.Popen(
-        [sys.executable, "-m", "acmix.cli", *arguments(run, options, *more)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start_killed(run, options, step, number):
-    callback = {"": "tasks.test_survival.SignalAt", ".step": step, ".number": int(number)}
-    return start(run, options, *(f"--trainer.callbacks{k}={v}" for k, v in callback.items()))
-
-
-def ended(process):
-    """(exit code, the last line that it said)"""
-    said = process.communicate(timeout=120)[1].strip().splitlines()
-    return process.returncode, said[-1] if said else ""
-
-
-def checkpoint_of(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def rows_of(run):
-    with (run / "metrics.csv").open() as file:
-        timed = ("images_per_second", "train_seconds")
-        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
-
-
-def differences(one, two):
-    """Where in two nested containers the tensors or numbers are not the same."""
-    pairs = zip(tree_leaves_with_path(one), tree_leaves_with_path(two), strict=True)
-    same = {True: torch.equal, False: operator.eq}
-    return [keystr(p) for (p, a), (_, b) in pairs if not same[isinstance(a, torch.Tensor)](a, b)]
-
-
-def assert_same_end(run, other):
-    one, two = checkpoint_of(run), checkpoint_of(other)
-    assert one["global_step"] == two["global_step"] == 22
-    assert any(name.startswith("net.") for name in one["state_dict"])
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert differences(one[part], two[part]) == [], part
-    assert rows_of(run) == rows_of(other)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert fit(run, STATEFUL) == 0
-    return run
+def undisturbed(made_once):
+    def make(folder):
+        assert fit(folder / "run", STATEFUL) == 0
+
+    return made_once("undisturbed", make) / "run"
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(made_once):
     """Runs by the way they were stopped, all under way at once: (folder, exit code, last line)."""
-    folder = tmp_path_factory.mktemp("stopped")
-    processes = {
-        "killed": start_killed(folder / "killed", STATEFUL, 8, signal.SIGKILL),
-        "terminated": start_killed(folder / "terminated", STATEFUL, 6, signal.SIGTERM),
-        "killed with workers": start_killed(
-            folder / "killed with workers", {**STATEFUL, "data.num_workers": 2}, 18, signal.SIGKILL
-        ),
+    ways = {
+        "killed": (STATEFUL, 8, signal.SIGKILL),
+        "terminated": (STATEFUL, 6, signal.SIGTERM),
+        "killed with workers": ({**STATEFUL, "data.num_workers": 2}, 18, signal.SIGKILL),
     }
-    return {name: (folder / name, *ended(process)) for name, process in processes.items()}
+
+    def make(folder):
+        processes = {
+            name: start(folder / name, options, *signal_at(step, number))
+            for name, (options, step, number) in ways.items()
+        }
+        ends = {name: ended(process) for name, process in processes.items()}
+        (folder / "ends.json").write_text(json.dumps(ends))
+
+    folder = made_once("stopped", make)
+    ends = json.loads((folder / "ends.json").read_text())
+    return {name: (folder / name, *ends[name]) for name in ways}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +73,7 @@ def stopped(tmp_path_factory):
         ("terminated", 0, 128 + signal.SIGTERM, 6),
     ],
 )
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(
     undisturbed, stopped, tmp_path, name, workers, code, step
 ):
@@ -162,21 +89,24 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_end_with_the_same_bits_and_the_loss_of_one(tmp_path):
     """A step of two processes has the images of a step of one with twice the batch size."""
-    killed = start_killed(tmp_path / "killed", TWO_PROCESSES, 18, signal.SIGKILL)
-    whole = start(tmp_path / "whole", TWO_PROCESSES)
+    two = {**TWO_PROCESSES, "trainer.strategy": "ddp"}
+    killed = start(tmp_path / "killed", two, *signal_at(18, signal.SIGKILL))
+    whole = start(tmp_path / "whole", two)
     assert fit(tmp_path / "one", GLOBAL_BATCH) == 0
     assert ended(killed)[0] == -signal.SIGKILL
     assert ended(whole) == (0, "")
     assert checkpoint_of(tmp_path / "killed")["global_step"] == 16
-    assert ended(start(tmp_path / "killed", TWO_PROCESSES, "--ckpt_path=last")) == (0, "")
+    assert ended(start(tmp_path / "killed", two, "--ckpt_path=last")) == (0, "")
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
     for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "whole"), strict=True):
         for loss in ("train_loss", "val_loss"):
             assert float(two[loss]) == pytest.approx(float(one[loss]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_changed_batch_within_an_epoch_is_refused(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped["terminated"][0], tmp_path / "run")
     assert fit(run, {**STATEFUL, "data.batch_size": 64}, "--ckpt_path=last") == 2
@@ -217,6 +147,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, step, sav
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_no_room_on_disk_keeps_the_last_good_checkpoint(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped["terminated"][0], tmp_path / "run")
     checkpoints = run / "checkpoints"

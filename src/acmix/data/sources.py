@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data.readers import create_reader
 from torchvision import datasets
 
-from acmix.tasks.errors import did_you_mean, one_line
+from acmix.errors import did_you_mean, one_line
 
 SPLITS = {
     "train": ("train", "training", "trainval"),

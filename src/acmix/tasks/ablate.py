@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from acmix.analysis import figures
+from acmix.errors import Parser, UserError, user_errors
 from acmix.models import list_models
 from acmix.tasks import command
 from acmix.tasks.callbacks import Row, write_csv
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
-from acmix.tasks.errors import Parser, UserError, user_errors
 
 # Arguments of the operator by variant; None stands for the network of convolutions.
 PATHS: dict[str, dict[str, str] | None] = {

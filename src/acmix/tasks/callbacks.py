@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from acmix.analysis.paths import path_weights
+from acmix.tasks.sharding import here
 
 Row = dict[str, Any]
 CHECK_EVERY = 10  # steps: to look at a number, or ask the others, holds an accelerator up
@@ -88,12 +89,7 @@ class LastCheckpoint(Checkpoint):
         self._terminated = True
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         finite = outputs["loss"].detach().isfinite()
         bad_step = torch.where(finite, torch.inf, self._step + 1.0)
@@ -144,7 +140,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_step = self._step
 
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        finite = all(bool(weight.isfinite().all()) for weight in pl_module.parameters())
+        finite = all(bool(here(weight).isfinite().all()) for weight in pl_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise ValueError(f"the weights of step {self._step} are not finite; {self.last_good}")
 
@@ -165,12 +161,7 @@ class TensorBoard(Callback):
             )
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         batches = trainer.fit_loop.total_batch_idx + 1
         if self._writer is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -220,12 +211,7 @@ class History(Callback):
         self._last = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._images += len(batch[0]) * trainer.world_size
         last, self._last = self._last, time.perf_counter()

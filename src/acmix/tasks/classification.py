@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from timm.data import Mixup
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -18,14 +18,14 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 import acmix.models  # noqa: F401  registers our networks with timm
 from acmix.data.loading import seed_generators
+from acmix.errors import did_you_mean, one_line
 from acmix.surgery.warm_start import warm_start
-from acmix.tasks.errors import did_you_mean, one_line
+from acmix.tasks import sharding
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 Batch = tuple[Tensor, Tensor]
@@ -130,25 +130,26 @@ class Classification(LightningModule):
         return net(images)
 
     @property
-    def _sharded(self) -> bool:
-        """Whether each process holds but a part of the weights, cut out as vectors."""
-        return self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy)
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self.trainer.strategy
+
+    @property
+    def _cut_to_vectors(self) -> bool:
+        """Whether each process holds but a part of the weights, as vectors: FSDP."""
+        return isinstance(self._strategy, FSDPStrategy)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within, every process has all weights, to read."""
-        if not self._sharded:
-            return nullcontext()
-        return FullyShardedDataParallel.summon_full_params(self.trainer.model, writeback=False)  # type: ignore[arg-type]
+        return sharding.whole_weights(self.trainer.model)  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        if self.ema is not None and self._sharded:
+        if self.ema is not None and isinstance(self._strategy, sharding.SHARDED):
             raise ValueError(f"model.ema_decay: expected 0 with FSDP, got {self.ema.decay}")
-        if self._sharded:
-            for weight in self.net.parameters():
-                weight.data = torch.atleast_1d(weight.data)  # FSDP takes no scalars
+        if stage == "fit" and self.hparams["warm_start"] and not self.goes_on:
+            self._warm_start(self.hparams["warm_start"])
+        if isinstance(self._strategy, sharding.FSDP2Strategy):
+            self._strategy.shard(self.net)
         if stage == "fit":
-            if self.hparams["warm_start"] and not self.goes_on:
-                self._warm_start(self.hparams["warm_start"])
             # Before weights are cut into vectors, which go without weight decay.
             self._optimizer = self._create_optimizer()
 
@@ -252,7 +253,7 @@ class Classification(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self._sharded:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self._cut_to_vectors:
             # The norm is over all processes, which only the sharded module knows.
             self.trainer.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
         else:
@@ -275,7 +276,10 @@ class Classification(LightningModule):
         for was, name in zip(saved, self.class_names, strict=True):
             if was != name:
                 raise ValueError(f"the checkpoint has class {was!r} where the data has {name!r}")
-        if not self._sharded and _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
+        _as_vectors(checkpoint)
+        if not self._cut_to_vectors and _shapes(checkpoint["state_dict"]) != _shapes(
+            self.state_dict()
+        ):
             was, name = hp.get("name", "another network"), self.hparams["name"]
             other = f"of {was}, the model is {name}" if was != name else f"of another {name}"
             raise ValueError(f"the checkpoint is {other}: the weights differ in name or shape")
@@ -386,9 +390,22 @@ def naming(option: str) -> Iterator[None]:
         raise ValueError(f"model.{option}: {error}") from error
 
 
+def _as_vectors(checkpoint: dict[str, Any]) -> None:
+    """alpha and beta, which early checkpoints have as scalars, as vectors of one; so what the
+    optimizer knows of them."""
+    weights = checkpoint.get("state_dict", {})  # FSDP has loaded them by then
+    for name, weight in weights.items():
+        if name.endswith((".mix.alpha", ".mix.beta")):
+            weights[name] = torch.atleast_1d(weight)
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for state in optimizer["state"].values():
+            values = {k: v for k, v in state.items() if k != "step" and isinstance(v, Tensor)}
+            if all(value.ndim == 0 for value in values.values()):
+                state.update({name: torch.atleast_1d(v) for name, v in values.items()})
+
+
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """A scalar may come as a vector of one, as FSDP has it."""
-    return {name: torch.atleast_1d(weight).shape for name, weight in weights.items()}
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _few(names: list[str], limit: int = 3) -> str:

@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from acmix import data as data_kinds
 from acmix.data import ImageData
+from acmix.errors import UserError, one_line, user_errors
 from acmix.tasks import report
 from acmix.tasks.callbacks import (
     HeldOut,
@@ -41,7 +42,7 @@ from acmix.tasks.callbacks import (
 )
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
-from acmix.tasks.errors import UserError, explain_parser, one_line, user_errors
+from acmix.tasks.options import explain_parser
 from acmix.tasks.progress import TrainingBar
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
@@ -341,7 +342,8 @@ def train(cli: TrainingCLI) -> dict[str, Any] | None:
         print(_why_nothing_was_trained(cli))
         return None
     config = json.loads(cli.parser.dump(cli.config, format="json"))
-    return report.write(folder, cli.model, cli.datamodule, cli.history, cli.held_out, config)
+    finished = report.Finished(cli.model, cli.datamodule, cli.history, cli.held_out, config)
+    return report.write(folder, finished)
 
 
 def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:

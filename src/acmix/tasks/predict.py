@@ -26,9 +26,9 @@ from torchvision import transforms
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
 from acmix.data.sources import EXTENSIONS, as_rgb, why_unreadable
+from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
-from acmix.tasks.errors import Parser, UserError, did_you_mean, one_line, user_errors
 
 FAR = -1e6
 PIXELS = (MaybeToTensor, transforms.Normalize)  # transforms that move none

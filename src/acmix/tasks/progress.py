@@ -55,12 +55,7 @@ class TrainingBar(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         self._bar.advance(self._task)
         now = time.monotonic()

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from rich.console import Console
@@ -32,15 +32,19 @@ FILES = {
 }
 
 
-def write(
-    run: Path,
-    network: Classification,
-    data: ImageData,
-    history: History,
-    held_out: HeldOut,
-    config: dict[str, Any],
-) -> dict[str, Any]:
+class Finished(NamedTuple):
+    """What a run knows at its end."""
+
+    network: Classification
+    data: ImageData
+    history: History
+    held_out: HeldOut
+    config: dict[str, Any]
+
+
+def write(run: Path, finished: Finished) -> dict[str, Any]:
     """Write the pictures and `summary.json` into the run folder; return the summary."""
+    _, data, history, held_out, _ = finished
     figures.save(figures.curves(history.epochs), run / "curves.png")
     figures.save(figures.mix(history.mix), run / "mix.png")
     if held_out.truth:
@@ -50,18 +54,13 @@ def write(
                 held_out.truth, held_out.predicted, labels=range(len(data.class_names))
             )
             figures.save(figures.confusion(counts, data.class_names), run / "confusion.png")
-    summary = summarise(network, data, history, held_out, config)
+    summary = summarise(finished)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def summarise(
-    network: Classification,
-    data: ImageData,
-    history: History,
-    held_out: HeldOut,
-    config: dict[str, Any],
-) -> dict[str, Any]:
+def summarise(finished: Finished) -> dict[str, Any]:
+    network, data, history, held_out, config = finished
     last = history.epochs[-1] if history.epochs else {}
     return {
         "model": config["model"]["name"],

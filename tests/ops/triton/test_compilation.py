@@ -114,6 +114,7 @@ CASES = [  # head_dim, side, window, stride, dilation; dtype; compute capability
 
 
 @pytest.mark.parametrize(("case", "dtype", "capability"), CASES, ids=str)
+@pytest.mark.slow
 def test_attention(
     case: tuple[int, ...],
     dtype: torch.dtype | str,
@@ -127,6 +128,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("tile", [attention.Tile(4, 4, 128, 4, heads=4)], ids=str)
+@pytest.mark.slow
 def test_several_heads(tile: attention.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "choose_tile", lambda *_: tile)
     compile_attention((16, 28, 7, 1, 1), torch.bfloat16, 90, monkeypatch)
@@ -164,6 +166,7 @@ def test_all_keys_of_a_window_of_7_in_one_block(
 
 
 @pytest.mark.parametrize("side", [(1, 1), (1, 9), (9, 1)], ids=str)
+@pytest.mark.slow
 def test_sizes_of_one(side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton makes a constant of an integer that is 1, which has no methods of a tensor's."""
     names = ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]

@@ -21,6 +21,7 @@ FILES = [TESTS / "ops/triton/test_kernels.py", TESTS / "layers/test_in_place.py"
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="this is the process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real")
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
     command = [
         sys.executable,

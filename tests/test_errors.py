@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acmix.data.loading import make_loader
-from acmix.tasks.errors import one_line
+from acmix.errors import one_line
 
 
 @pytest.mark.parametrize("workers", [0, 1])

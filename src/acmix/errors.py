@@ -1,0 +1,58 @@
+"""Mistakes of the user, told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*^\w+: (?P<reason>.*)", re.S | re.M)
+
+
+class UserError(Exception):
+    """A mistake of the user: the message says in one line what was expected and what came."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are ours: one line, exit code 2."""
+
+    def __init__(
+        self, prog: str, description: str, examples: str, usage: str | None = None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+@contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of these kinds into a `UserError` of one line."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """What it says; of the traceback from a process that loads images, the end."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    message = str(error)
+    from_worker = WORKER.search(message)
+    return " ".join((from_worker["reason"] if from_worker else message).split())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
