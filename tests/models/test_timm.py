@@ -115,3 +115,18 @@ def test_a_trace_of_jit(name: str) -> None:
     traced = torch.jit.trace(model, (x,), check_trace=False)
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
     assert "acmix::" not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("name", ["san10_acmix", "pvt_tiny_attn", "swin_tiny_acmix"])
+def test_output_stride_of_a_family_that_has_one_only(name: str) -> None:
+    with pytest.raises(ValueError, match=f"output_stride: expected 32, the only one of {name}"):
+        timm.create_model(name, output_stride=16)
+    create(name, output_stride=32)  # what others ask for by default
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet26_acmix", "san10_attn", "pvt_tiny_acmix", "swin_tiny_attn"]
+)
+def test_scripting_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"scriptable: expected False, .*use torch\.export"):
+        timm.create_model(name, scriptable=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed
-from timm.models import register_notrace_module
+from timm.layers import PatchEmbed, is_scriptable
+from timm.models import build_model_with_cfg, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from acmix.layers import ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix.layers._sizes import pad_to_multiple
 from acmix.ops._checks import check_choice, check_map
+
+LAST_STRIDE = 32
+Network = TypeVar("Network", bound=nn.Module)
 
 for layer in (ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix):
     register_notrace_module(layer)  # to timm's feature extraction by torch.fx they are one step
@@ -31,6 +36,44 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
         "paper_ids": "arXiv:2111.14556",
         **kwargs,
     }
+
+
+def build(
+    kind: type[Network], variant: str, pretrained: bool, arguments: Mapping[str, Any]
+) -> Network:
+    """timm's `build_model_with_cfg`, with the arguments that no network of ours takes refused.
+
+    Raises:
+        ValueError: for `scriptable=True`, and for an `output_stride` where it cannot be chosen.
+    """
+    if is_scriptable():
+        raise ValueError(
+            "scriptable: expected False, since torch.jit.script compiles none of these networks: "
+            "use torch.export or torch.jit.trace; got True"
+        )
+    arguments = dict(arguments)
+    stride = arguments.get("output_stride")
+    if stride is not None and "output_stride" not in inspect.signature(kind).parameters:
+        if stride != LAST_STRIDE:
+            raise ValueError(
+                f"output_stride: expected {LAST_STRIDE}, the only one of {variant} (the resnet "
+                f"networks have others), got {stride}"
+            )
+        del arguments["output_stride"]
+    return build_model_with_cfg(kind, variant, pretrained, **arguments)
+
+
+def build_stages(
+    kind: type[Network],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[..., Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+) -> Network:
+    """`build` for a `StagedNetwork` of `depths`."""
+    features = {"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"}
+    timm_arguments = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": features}
+    return build(kind, variant, pretrained, {**timm_arguments, **arguments})
 
 
 def mixing_weights(model: nn.Module) -> set[str]:

@@ -7,10 +7,9 @@ another order, so that a state dict of gradients converts as well.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -104,8 +103,8 @@ def convert_operator(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "position_weight": released["conv_p.weight"].flatten(1),
         "fc_weight": released["fc.weight"].flatten(1),
         "shift.weight": released["dep_conv.weight"],
-        "mix.alpha": released["rate1"].squeeze(0),
-        "mix.beta": released["rate2"].squeeze(0),
+        "mix.alpha": released["rate1"].view(1),
+        "mix.beta": released["rate2"].view(1),
     }
 
 
@@ -134,8 +133,8 @@ def convert_window(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "fc_weight": released["fc.weight"].flatten(1),
         "fc_bias": released["fc.bias"],
         "shift.weight": released["dep_conv.weight"],
-        "mix.alpha": released["rate1"].squeeze(0),
-        "mix.beta": released["rate2"].squeeze(0),
+        "mix.alpha": released["rate1"].view(1),
+        "mix.beta": released["rate2"].view(1),
     }
 
 
@@ -225,15 +224,28 @@ def _check(released: Mapping[str, Any], expected: Shapes, name: str) -> None:
         )
 
 
+Like = Callable[["Released"], nn.Module]
+_networks: dict[str, Like] = {}  # by a pattern of a released key
+
+
+def released_network(key: str) -> Callable[[Like], Like]:
+    """Decorates a family's function that builds, on the meta device, the network which released
+    keys like that and their shapes point to."""
+
+    def register(build: Like) -> Like:
+        _networks[key] = build
+        return build
+
+    return register
+
+
 def _network_like(released: Mapping[str, Any]) -> nn.Module:
     """Our module, on the meta device, that the keys and shapes of a released one point to."""
-    with torch.device("meta"):
-        if any(re.match(r"layers\.\d\.blocks\.\d", key) for key in released):
-            return _swin_like(released)
-        if any(re.match(r"layer[1-4]\.\d", key) for key in released):
-            return _resnet_like(released)
-        if any(re.match(r"(rate\d$|conv_p\.|dep_conv\.)", key) for key in released):
-            return _operator_like(released)
+    networks = {**_networks, r"(rate\d$|conv_p\.|dep_conv\.)": _operator_like}
+    for pattern, build in networks.items():
+        if any(re.match(pattern, key) for key in released):
+            with torch.device("meta"):
+                return build(Released(released))
     raise ValueError(
         "state_dict: expected the keys of a released operator ('dep_conv.weight'), ResNet-ACmix "
         "('layer1.0.conv2.dep_conv.weight') or Swin-ACmix "
@@ -241,101 +253,53 @@ def _network_like(released: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def _operator_like(released: Mapping[str, Any]) -> ACmix2d:
-    out_channels = _size(released, "conv1.weight", 0, 64)
+def _operator_like(released: Released) -> ACmix2d:
+    out_channels = released.size("conv1.weight", 0, 64)
     return ACmix2d(
-        _size(released, "conv1.weight", 1, 64),
+        released.size("conv1.weight", 1, 64),
         out_channels,
-        heads=_heads(released, [""], out_channels),
-        kernel_conv=_kernel(released, [""]),
+        heads=released.heads([""], out_channels),
+        kernel_conv=released.kernel([""]),
     )
 
 
-def _resnet_like(released: Mapping[str, Any]) -> nn.Module:
-    from acmix.models.resnet import ACmixResNet  # it imports this module
+class Released:
+    """What a released state dict tells of the network that it is of."""
 
-    depths = _depths(released, r"layer([1-4])\.(\d+)\.", first=1, least_stages=3)
-    stages = range(1, len(depths) + 1)
-    widths = [_size(released, f"layer{i}.0.conv1.weight", 0, 32 * 2**i) for i in stages]
-    operators = [
-        f"layer{stage}.{block}.conv2"
-        for stage, depth in zip(stages, depths, strict=True)
-        for block in range(depth)
-    ]
-    return ACmixResNet(
-        depths,
-        channels=widths,
-        in_chans=_size(released, "conv1.weight", 1, 3),
-        num_classes=_size(released, "fc.weight", 0, 1000),
-        acmix_kwargs={
-            "heads": _heads(released, operators, math.gcd(*widths)),
-            "kernel_conv": _kernel(released, operators),
-        },
-    )
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
 
+    def depths(self, block: str, first: int, least_stages: int) -> list[int]:
+        """Blocks of each stage, one at least; `block` matches a key's stage and block."""
+        found = [re.match(block, key) for key in self.tensors]
+        blocks = {(int(match[1]) - first, int(match[2])) for match in found if match}
+        stages = max(least_stages, 1 + max(stage for stage, _ in blocks))
+        return [
+            1 + max((index for stage, index in blocks if stage == this), default=0)
+            for this in range(stages)
+        ]
 
-def _swin_like(released: Mapping[str, Any]) -> nn.Module:
-    from acmix.models.swin import ACmixSwin  # it imports this module
+    def size(self, key: str, dimension: int, default: int) -> int:
+        """A size from the shape of a tensor; `default` where `_check` will find it wrong."""
+        shape = getattr(self.tensors.get(key), "shape", ())
+        return shape[dimension] if len(shape) > dimension and shape[dimension] > 0 else default
 
-    depths = _depths(released, r"layers\.(\d)\.blocks\.(\d+)\.", first=0, least_stages=1)
-    stages = [
-        [f"layers.{stage}.blocks.{block}.attn" for block in range(depth)]
-        for stage, depth in enumerate(depths)
-    ]
-    operators = [name for names in stages for name in names]
-    width = _size(released, "patch_embed.proj.weight", 0, 96)
-    tables = [f"{name}.relative_position_bias_table" for name in operators]
-    table = _usual((_size(released, key, 0, 0) for key in tables), 13**2)
-    patch = _size(released, "patch_embed.proj.weight", 2, 4)
-    window = (math.isqrt(table) + 1) // 2
-    return ACmixSwin(
-        # Large enough for every stage to hold a window.
-        img_size=patch * window * 2 ** len(depths),
-        patch_size=patch,
-        in_chans=_size(released, "patch_embed.proj.weight", 1, 3),
-        num_classes=_size(released, "head.weight", 0, 1000),
-        embed_dim=width,
-        depths=depths,
-        num_heads=[_heads(released, names, width * 2**stage) for stage, names in enumerate(stages)],
-        window_size=window,
-        acmix_kwargs={"kernel_conv": _kernel(released, operators)},
-    )
+    def heads(self, operators: Iterable[str], channels: int) -> int:
+        """The heads of operators of one kind, as most of their tensors tell."""
+        found = []
+        for name in operators:
+            width = self.size(_join(name, "conv1.weight"), 0, 0)
+            found.append(width // self.size(_join(name, "conv_p.weight"), 0, width + 1))
+            found.append(self.size(_join(name, "relative_position_bias_table"), 1, 0))
+            found.append(self.size(_join(name, "fc.weight"), 1, 0) // 3)
+        return usual((heads for heads in found if heads and channels % heads == 0), 1)
+
+    def kernel(self, operators: Iterable[str]) -> int:
+        sides = (self.size(_join(name, "dep_conv.weight"), 2, 0) for name in operators)
+        return usual((side for side in sides if side % 2), 3)
 
 
-def _depths(released: Mapping[str, Any], block: str, first: int, least_stages: int) -> list[int]:
-    """Blocks of each stage, one at least."""
-    found = [re.match(block, key) for key in released]
-    blocks = {(int(match[1]) - first, int(match[2])) for match in found if match}
-    stages = max(least_stages, 1 + max(stage for stage, _ in blocks))
-    return [
-        1 + max((index for stage, index in blocks if stage == this), default=0)
-        for this in range(stages)
-    ]
-
-
-def _size(released: Mapping[str, Any], key: str, dimension: int, default: int) -> int:
-    """A size from the shape of a tensor; `default` where `_check` will find the tensor wrong."""
-    shape = getattr(released.get(key), "shape", ())
-    return shape[dimension] if len(shape) > dimension and shape[dimension] > 0 else default
-
-
-def _usual(sizes: Iterable[int], default: int) -> int:
+def usual(sizes: Iterable[int], default: int) -> int:
     """The most frequent size, so that `_check` blames the tensors that differ; 0 is none."""
     counts = Counter(size for size in sizes if size > 0)
     return counts.most_common(1)[0][0] if counts else default
-
-
-def _heads(released: Mapping[str, Any], operators: Iterable[str], channels: int) -> int:
-    """The heads of operators of one kind, as most of their tensors tell."""
-    found = []
-    for name in operators:
-        width = _size(released, _join(name, "conv1.weight"), 0, 0)
-        found.append(width // _size(released, _join(name, "conv_p.weight"), 0, width + 1))
-        found.append(_size(released, _join(name, "relative_position_bias_table"), 1, 0))
-        found.append(_size(released, _join(name, "fc.weight"), 1, 0) // 3)
-    return _usual((heads for heads in found if heads and channels % heads == 0), 1)
-
-
-def _kernel(released: Mapping[str, Any], operators: Iterable[str]) -> int:
-    sides = (_size(released, _join(name, "dep_conv.weight"), 2, 0) for name in operators)
-    return _usual((side for side in sides if side % 2), 3)

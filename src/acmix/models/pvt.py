@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from acmix.layers.reduced import ReducedACmix
@@ -25,6 +25,7 @@ from acmix.models import checkpoints
 from acmix.models._network import (
     PaddedPatchEmbed,
     StagedNetwork,
+    build_stages,
     default_cfg,
     mixing_weights,
 )
@@ -320,17 +321,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def _create_pvt(variant: str, pretrained: bool, **kwargs: Any) -> ACmixPVT:
     base, path = variant.rsplit("_", 1)
     arguments = {**VARIANTS[base], "path": path, **kwargs}
-    return build_model_with_cfg(
-        ACmixPVT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={
-            "out_indices": tuple(range(len(arguments["depths"]))),
-            "feature_cls": "getter",
-        },
-        **arguments,
-    )
+    return build_stages(ACmixPVT, variant, pretrained, checkpoint_filter_fn, arguments)
 
 
 def _cfg() -> dict[str, Any]:

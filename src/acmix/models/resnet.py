@@ -11,17 +11,18 @@ of block B in stage L is `layerL.B.conv2`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from acmix.layers import ACmix2d
 from acmix.models import checkpoints
-from acmix.models._network import default_cfg, mixing_weights
+from acmix.models._network import build, default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
 from acmix.ops._checks import check_choice, check_map
 
@@ -189,6 +190,28 @@ class ACmixResNet(ResNet):
         return super().prune_intermediate_layers(taken, prune_norm, prune_head)
 
 
+@checkpoints.released_network(r"layer[1-4]\.\d")
+def _resnet_like(released: checkpoints.Released) -> nn.Module:
+    depths = released.depths(r"layer([1-4])\.(\d+)\.", first=1, least_stages=3)
+    stages = range(1, len(depths) + 1)
+    widths = [released.size(f"layer{i}.0.conv1.weight", 0, 32 * 2**i) for i in stages]
+    operators = [
+        f"layer{stage}.{block}.conv2"
+        for stage, depth in zip(stages, depths, strict=True)
+        for block in range(depth)
+    ]
+    return ACmixResNet(
+        depths,
+        channels=widths,
+        in_chans=released.size("conv1.weight", 1, 3),
+        num_classes=released.size("fc.weight", 0, 1000),
+        acmix_kwargs={
+            "heads": released.heads(operators, math.gcd(*widths)),
+            "kernel_conv": released.kernel(operators),
+        },
+    )
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Released ResNet-ACmix weights with our names; others as they are."""
     if checkpoints.is_released(state_dict):
@@ -213,14 +236,11 @@ def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> ACmixResNet
     if arguments["path"] != "conv":
         acmix_kwargs = arguments.get("acmix_kwargs") or {}
         arguments["acmix_kwargs"] = {**ACMIX_DEFAULTS.get(base, {}), **acmix_kwargs}
-    return build_model_with_cfg(
-        ACmixResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(arguments["layers"]) + 1))},
-        **arguments,
-    )
+    timm_arguments = {
+        "pretrained_filter_fn": checkpoint_filter_fn,
+        "feature_cfg": {"out_indices": tuple(range(len(arguments["layers"]) + 1))},
+    }
+    return build(ACmixResNet, variant, pretrained, {**timm_arguments, **arguments})
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.layers import DropPath, calculate_drop_path_rates, create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from acmix.layers.patchwise import PairwiseAttention, PatchwiseACmix
 from acmix.models import checkpoints
-from acmix.models._network import StagedNetwork, default_cfg, mixing_weights
+from acmix.models._network import StagedNetwork, build_stages, default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
 from acmix.ops._checks import check_choice, check_map
 
@@ -197,17 +197,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def _create_san(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSAN:
     base, path = variant.rsplit("_", 1)
     arguments = {**VARIANTS[base], "path": path, **kwargs}
-    return build_model_with_cfg(
-        ACmixSAN,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={
-            "out_indices": tuple(range(len(arguments["depths"]))),
-            "feature_cls": "getter",
-        },
-        **arguments,
-    )
+    return build_stages(ACmixSAN, variant, pretrained, checkpoint_filter_fn, arguments)
 
 
 def _cfg() -> dict[str, Any]:

@@ -10,18 +10,19 @@ The network is timm's Swin, and so are its parameter names; the operator of bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_module
+from timm.models import generate_default_cfgs, register_notrace_module
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
 
 from acmix.layers.window import WindowACmix
 from acmix.models import checkpoints
-from acmix.models._network import PaddedPatchEmbed, default_cfg, mixing_weights
+from acmix.models._network import PaddedPatchEmbed, build, default_cfg, mixing_weights
 from acmix.models._registry import check_kwargs, register_model
 from acmix.ops._checks import check_choice
 
@@ -139,6 +140,33 @@ class ACmixSwin(SwinTransformer):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+@checkpoints.released_network(r"layers\.\d\.blocks\.\d")
+def _swin_like(released: checkpoints.Released) -> nn.Module:
+    depths = released.depths(r"layers\.(\d)\.blocks\.(\d+)\.", first=0, least_stages=1)
+    stages = [
+        [f"layers.{stage}.blocks.{block}.attn" for block in range(depth)]
+        for stage, depth in enumerate(depths)
+    ]
+    operators = [name for names in stages for name in names]
+    width = released.size("patch_embed.proj.weight", 0, 96)
+    tables = [f"{name}.relative_position_bias_table" for name in operators]
+    table = checkpoints.usual((released.size(key, 0, 0) for key in tables), 13**2)
+    patch = released.size("patch_embed.proj.weight", 2, 4)
+    window = (math.isqrt(table) + 1) // 2
+    return ACmixSwin(
+        # Large enough for every stage to hold a window.
+        img_size=patch * window * 2 ** len(depths),
+        patch_size=patch,
+        in_chans=released.size("patch_embed.proj.weight", 1, 3),
+        num_classes=released.size("head.weight", 0, 1000),
+        embed_dim=width,
+        depths=depths,
+        num_heads=[released.heads(names, width * 2**stage) for stage, names in enumerate(stages)],
+        window_size=window,
+        acmix_kwargs={"kernel_conv": released.kernel(operators)},
+    )
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Released Swin and Swin-ACmix weights with our names, position biases at the model's size."""
     state_dict = checkpoints.unwrap(state_dict)
@@ -163,14 +191,11 @@ def _create_swin(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSwin:
     base, path = variant.rsplit("_", 1)
     arguments = {**VARIANTS[base], "path": path, **kwargs}
     out_indices = arguments.pop("out_indices", tuple(range(len(arguments["depths"]))))
-    return build_model_with_cfg(
-        ACmixSwin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
-        **arguments,
-    )
+    timm_arguments = {
+        "pretrained_filter_fn": checkpoint_filter_fn,
+        "feature_cfg": {"flatten_sequential": True, "out_indices": out_indices},
+    }
+    return build(ACmixSwin, variant, pretrained, {**timm_arguments, **arguments})
 
 
 def _cfg() -> dict[str, Any]:
