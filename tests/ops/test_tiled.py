@@ -249,31 +249,48 @@ def test_one_nan_reaches_the_nine_windows_that_show_it(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["inf", "-inf"])
+@pytest.mark.parametrize("size", [1e30, 1.9e19], ids=["far", "before-scaling"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_that_overflow(dtype: torch.dtype, sign: int) -> None:
+def test_logits_that_overflow(dtype: torch.dtype, size: float, sign: int) -> None:
     """Finite inputs whose logits are not: a window of nothing but -inf has no softmax."""
     shape = (9, 11, 3, 1, 1)
     inputs = attention_inputs(shape, dtype)
     q, k, _, _ = inputs
-    q[:, :, 3, 4] = 1e30
-    k[:, :, 2:5, 3:6] = sign * 1e30
+    q[:, 0, 3, 4] = size
+    k[:, 0, 2:5, 3:6] = sign * size
     grad = output_like(inputs)
     expected = run(attention(shape, "reference"), inputs, grad)
     assert expected[0].isnan().any()
     assert_same_kinds(run(attention(shape, "tiled"), inputs, grad), expected)
 
 
-def test_half_precision_overflows_where_the_reference_does() -> None:
+@pytest.mark.parametrize("value", [0, NAN], ids=["finite", "nan"])
+def test_half_precision_overflows_where_the_reference_does(value: float) -> None:
     """The reference's logits and gradients are float32: only what it returns may overflow."""
     shape = (9, 11, 3, 1, 1)
     inputs = attention_inputs(shape, torch.float16)
-    q, k, _, _ = inputs
+    q, k, v, _ = inputs
     q *= 200
     k *= 200
+    v[0, 0, 0, 0] = value
     grad = torch.full_like(output_like(inputs), 6e4)
     out, *grads = expected = run(attention(shape, "reference"), inputs, grad)
-    assert out.isfinite().all()
+    assert out[:, 1:].isfinite().all()
     assert any(x.isinf().any() for x in grads)
+    assert_same_kinds(run(attention(shape, "tiled"), inputs, grad), expected)
+
+
+def test_a_gradient_that_overflows() -> None:
+    """That of one key does, not those of its neighbours, and so that of p_ij, which sums them."""
+    shape = (9, 11, 3, 1, 1)
+    inputs = attention_inputs(shape, torch.float32)
+    q, k, v, _ = inputs
+    q.fill_(1e10), k.zero_(), v.zero_()
+    grad = torch.zeros_like(q)
+    grad[0, 0, 2, 3] = v[0, 0, 2, 4] = 1e15
+    inputs[3].zero_()
+    expected = run(attention(shape, "reference"), inputs, grad)
+    assert expected[2].isinf().sum() == 2  # both channels of the head
     assert_same_kinds(run(attention(shape, "tiled"), inputs, grad), expected)
 
 

@@ -9,6 +9,9 @@ see them, so the border needs no case of its own.
 The position term uses that q . p_ij is the same for every key of a window and cancels in the
 softmax: what is left is plain attention with the keys k - p.
 
+Under a mask 0 * NaN is NaN, so one NaN would spread over its tile: an image whose results are not
+finite is computed again by `exact`.
+
 It is an operator of its own to torch.compile and torch.export, since guards on the number of
 tiles would bind a graph to few sizes.
 """
@@ -51,9 +54,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, *sizes: in
         attn_mask=tiles.mask(q.dtype),
     )
     out = tiles.queries_from(out)
-    # No logit is larger than the product of the norms. It is asked for because
-    # scaled_dot_product_attention makes zeros of a window whose logits are all -inf.
-    for image in _not_finite((_norm(q) * _norm(shifted))[:, None], out):
+    # Logits are looked at as well: scaled_dot_product_attention makes zeros of a window in which
+    # they are all -inf.
+    for image in _not_finite(_logit_bound(q, shifted), out):
         one = slice(image, image + 1)
         out[one] = exact.forward(q[one], k[one], v[one], position, *sizes)
     return out
@@ -69,7 +72,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = _gradients_by_tiles(grad, q, k, v, position, *sizes)
     grad_own = k.new_zeros((), dtype=grads[1].dtype)  # of p_ij, which cancels where all is finite
-    for image in _not_finite(*grads):
+    for image in _not_finite(_logit_bound(q, _positioned(k, position)), *grads):
         one = slice(image, image + 1)
         *exact_grads, own = exact.backward(grad[one], q[one], k[one], v[one], position, *sizes)
         for all_images, this in zip(grads, exact_grads, strict=True):
@@ -108,11 +111,12 @@ def _tile_gradients(
     return grad_logits @ k * scale, grad_logits.mT @ q, weights.mT @ grad
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Of every image, in float32 at least; infinite where it is too large for that."""
-    return torch.linalg.vector_norm(
-        x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
+def _logit_bound(q: Tensor, k: Tensor) -> Tensor:
+    """The product of their norms, (B, 1), which no logit exceeds; not finite where one might not be
+    in float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_norm, k_norm = (torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide) for x in (q, k))
+    return (q_norm * k_norm)[:, None]
 
 
 def _not_finite(*by_image: Tensor) -> Iterable[int]:
