@@ -56,8 +56,8 @@ def test_transform(transform: str, compiled: bool) -> None:
 @pytest.mark.parametrize("transform", ["jvp", "grad"])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "resnet"])
 def test_transform_of_other_layers(name: str, transform: str) -> None:
-    # torch.compile fails on SAN's nn.BatchNorm2d and nn.Conv2d inside a transform.
-    check(name, transform, compiled=name != "san")
+    # torch.compile fails on PyTorch's own norms inside a transform, those of SAN and PVT.
+    check(name, transform, compiled=name == "swin")
 
 
 def check(name: str, transform: str, compiled: bool) -> None:

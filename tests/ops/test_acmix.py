@@ -339,3 +339,28 @@ def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> 
     _, arguments = function_inputs()
     with pytest.raises(error, match=message):
         ops.acmix(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("mix", ["learned", "attention", "convolution"])
+def test_one_number_of_operations(mix: str, heads: int) -> None:
+    """Whatever computes it, forward and backward, the definition's: 2 a multiply-add."""
+    counts, results = {}, {}
+    for backend in (name for name, reason in ops.backends().items() if reason is None):
+        torch.manual_seed(0)
+        layer = acmix.ACmix2d(8, 16, heads=heads, kernel_att=3, mix=mix, backend=backend)
+        x = torch.randn(2, 8, 6, 7, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            out = layer(x)
+            forward = counter.get_total_flops()
+            out.square().sum().backward()
+        counts[backend] = forward, counter.get_total_flops() - forward
+        results[backend] = [out, x.grad, *(p.grad for p in layer.parameters())]
+        assert_all_close(results[backend], results["reference"], TOLERANCE[torch.float32])
+        plain = layer(x)
+        torch.testing.assert_close(plain, out)
+    assert len(set(counts.values())) == 1
+    projections, attention = 3 * 16 * 8 * 84, 9 * 16 * 84 if mix != "convolution" else 0
+    convolution = 9 * 48 * 84 + 81 * 16 * 84 if mix != "attention" else 0
+    assert counts["reference"][0] == 2 * (projections + 2 * attention + convolution)
+    assert counts["reference"][1] == 2 * (2 * projections + 5 * attention + 2 * convolution)

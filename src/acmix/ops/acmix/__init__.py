@@ -7,9 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from acmix.ops import _checks
+from acmix.ops import _checks, _flops
 from acmix.ops._autocast import check_kinds
 from acmix.ops._dispatch import choose
+from acmix.ops._windows import output_size
 from acmix.ops.acmix import native, reference, tiled, triton
 from acmix.ops.acmix._plan import Folded, Sizes, Weights
 
@@ -69,8 +70,34 @@ def acmix(
     convolution = {"fc_weight": fc_weight, "kernels": kernels} if beta is not None else {}
     given = {name: tensor for name, tensor in convolution.items() if tensor is not None}
     check_kinds(parameters=qkv_weight, x=batch, qkv_bias=qkv_bias, **given)
-    out = _choose(backend, batch, weights, sizes).forward(batch, weights, sizes)
+    implementation = _choose(backend, batch, weights, sizes)
+    if _flops.is_counted():
+        out = _flops.counted(
+            lambda x, *weights: implementation.forward(x, Weights(*weights), sizes),
+            *_operations(batch, weights, sizes),
+            batch,
+            *weights,
+        )
+    else:
+        out = implementation.forward(batch, weights, sizes)
     return out if x.dim() == 4 else out[0]
+
+
+def _operations(x: Tensor, weights: Weights, sizes: Sizes) -> tuple[int, int]:
+    """Of the definition, forward and backward, 2 a multiply-add: the projections, attention's two
+    products (five in the backward pass), and fc and the group convolution."""
+    _, window, stride, _ = sizes
+    batch, in_channels, *side = x.shape
+    channels = len(weights.qkv_bias) // 3
+    pixels = batch * math.prod(side)
+    outputs = batch * math.prod(output_size(length, stride) for length in side)
+    products = 3 * channels * in_channels * pixels
+    attention = window**2 * channels * outputs if weights.alpha is not None else 0
+    if weights.beta is not None and weights.fc_weight is not None:
+        taps = len(weights.fc_weight)
+        products += taps * 3 * channels * pixels
+        products += taps * channels * outputs * (1 if weights.kernels is None else taps)
+    return 2 * (products + 2 * attention), 2 * (2 * products + 5 * attention)
 
 
 def folded_acmix(x: Tensor, weights: Folded, sizes: Sizes, backend: str = "auto") -> Tensor:
