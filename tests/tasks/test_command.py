@@ -136,6 +136,7 @@ def test_the_same_seed_gives_the_same_weights_and_an_earlier_run_is_kept(run, tm
     assert len(rows_of(again / "metrics.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     folder, falling = tmp_path / "run", ("--model.warmup_epochs", "0")
     assert fit(folder, *falling, "--trainer.max_epochs", "1") == 0
