@@ -1,5 +1,5 @@
-"""What several test files share: one table of tolerances, gradients of a random loss, a layer as a
-function, and the two forms of its convolution path."""
+"""What several test files share: one table of tolerances, gradients of a random loss, operators by
+a backend, a layer as a function, and the two forms of its convolution path."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from acmix.ops import weighted_aggregation, window_attention
 from acmix.ops._library import INTERPRETED
+from acmix.ops.window_attention import reference
+
+Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
 
 # Of what may run on a GPU; in Triton's interpreter that is the CPU.
 DEVICE = torch.device("cpu")
@@ -40,6 +44,45 @@ def weighted_sum(out: Tensor) -> Tensor:
     would cancel to noise."""
     weights = torch.arange(out.numel(), dtype=torch.float64).cos().view_as(out)
     return (out * weights.to(out)).sum()
+
+
+def attention(shape: Shape, backend: str, heads: int = 2) -> Callable[..., Tensor]:
+    """The public operator on maps of that shape."""
+    _, _, window, stride, dilation = shape
+
+    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
+        return window_attention(
+            q,
+            k,
+            v,
+            heads=heads,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            position=position,
+            backend=backend,
+        )
+
+    return function
+
+
+def aggregation(shape: Shape, backend: str) -> Callable[..., Tensor]:
+    """The public operator on maps of that shape."""
+    _, _, window, stride, dilation = shape
+    return lambda weight, v: weighted_aggregation(
+        weight, v, window=window, stride=stride, dilation=dilation, backend=backend
+    )
+
+
+def mixed_attention(shape: Shape) -> Callable[..., Tensor]:
+    """What the fused operators compute, by the reference: base + bias + alpha * attention."""
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, position: Tensor, base: Tensor, alpha: Tensor, bias: Tensor
+    ) -> Tensor:
+        return base + bias + alpha * reference.forward(q, k, v, position, *shape[2:])
+
+    return function
 
 
 def assert_all_close(

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import (
+    TOLERANCE,
+    assert_all_close,
+    mixed_attention,
+    outputs_and_gradients,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -279,14 +284,10 @@ def test_mix() -> None:
     q, k, v, position = attention_inputs(shape)
     inputs = [q, k, v, position, torch.randn_like(q), torch.tensor(-0.7), torch.randn_like(q[:1])]
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        base, alpha, bias = mix
-        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
-
     def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
         return native.forward(q, k, v, p, *shape[2:], *mix)
 
-    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
+    expected = outputs_and_gradients(mixed_attention(shape), [x.double() for x in inputs])
     assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[torch.float32])
 
 

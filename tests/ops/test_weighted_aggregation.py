@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, aggregation, assert_all_close, outputs_and_gradients
 from torch import Tensor
 
 from acmix.ops import weighted_aggregation
@@ -26,17 +26,6 @@ def make_inputs(
     return [weight, torch.randn(batch, 6, height, width, dtype=dtype)]
 
 
-def run(shape: tuple[int, ...], backend: str):
-    _, _, window, stride, dilation = shape
-
-    def function(weight: Tensor, v: Tensor) -> Tensor:
-        return weighted_aggregation(
-            weight, v, window=window, stride=stride, dilation=dilation, backend=backend
-        )
-
-    return function
-
-
 @GRID
 def test_reference_is_the_equation(shape: tuple[int, ...]) -> None:
     _, _, window, stride, dilation = shape
@@ -49,30 +38,30 @@ def test_reference_is_the_equation(shape: tuple[int, ...]) -> None:
         cols = slice(j * stride, j * stride + 2 * reach + 1, dilation)
         taps = v_pad[b, c, rows, cols].reshape(-1)
         expected[b, c, i, j] = weight[b, c % 3, :, i, j].numpy() @ taps
-    actual = run(shape, "reference")(weight, v)
+    actual = aggregation(shape, "reference")(weight, v)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_reference_gradients() -> None:
     shape = (3, 4, 3, 2, 1)
     inputs = [x.requires_grad_() for x in make_inputs(shape, batch=1)]
-    assert torch.autograd.gradcheck(run(shape, "reference"), inputs)
-    assert torch.autograd.gradgradcheck(run(shape, "reference"), inputs)
+    assert torch.autograd.gradcheck(aggregation(shape, "reference"), inputs)
+    assert torch.autograd.gradgradcheck(aggregation(shape, "reference"), inputs)
 
 
 @GRID
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_tiled_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = make_inputs(shape, dtype)
-    expected = outputs_and_gradients(run(shape, "reference"), [x.double() for x in inputs])
-    actual = outputs_and_gradients(run(shape, "tiled"), inputs)
+    expected = outputs_and_gradients(aggregation(shape, "reference"), [x.double() for x in inputs])
+    actual = outputs_and_gradients(aggregation(shape, "tiled"), inputs)
     assert all(a.dtype == dtype for a in actual)
     assert_all_close(actual, expected, TOLERANCE[dtype] * 2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_empty_batch(backend: str) -> None:
-    out = run(SHAPES[0], backend)(*make_inputs(SHAPES[0], batch=0))
+    out = aggregation(SHAPES[0], backend)(*make_inputs(SHAPES[0], batch=0))
     assert out.shape == (0, 6, 7, 9)
 
 

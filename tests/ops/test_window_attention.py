@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, assert_all_close, attention, outputs_and_gradients
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -79,37 +79,18 @@ def attention_by_loops(
     return out
 
 
-def run(shape: tuple[int, ...], backend: str, heads: int = 2):
-    _, _, window, stride, dilation = shape
-
-    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
-        return window_attention(
-            q,
-            k,
-            v,
-            heads=heads,
-            window=window,
-            stride=stride,
-            dilation=dilation,
-            position=position,
-            backend=backend,
-        )
-
-    return function
-
-
 @GRID
 def test_reference_is_the_equation(shape: tuple[int, ...]) -> None:
     q, k, v, position = make_inputs(shape)
     expected = attention_by_loops(q, k, v, position, shape, heads=2)
-    actual = run(shape, "reference")(q, k, v, position)
+    actual = attention(shape, "reference")(q, k, v, position)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 1, 1), (1, 4, 5, 2, 1), (3, 2, 3, 1, 2)], ids=str)
 def test_reference_gradients(shape: tuple[int, ...]) -> None:
     inputs = [x.requires_grad_() for x in make_inputs(shape, heads=1, head_dim=2, batch=1)]
-    function = run(shape, "reference", heads=1)
+    function = attention(shape, "reference", heads=1)
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -120,8 +101,8 @@ def test_reference_gradients(shape: tuple[int, ...]) -> None:
 def test_tiled_is_the_reference(shape: tuple[int, ...], position: bool, dtype: torch.dtype) -> None:
     inputs = make_inputs(shape, dtype=dtype)[: 4 if position else 3]
     exact = [x.double() for x in inputs]
-    expected = outputs_and_gradients(run(shape, "reference"), exact)
-    actual = outputs_and_gradients(run(shape, "tiled"), inputs)
+    expected = outputs_and_gradients(attention(shape, "reference"), exact)
+    actual = outputs_and_gradients(attention(shape, "tiled"), inputs)
     assert all(a.dtype == dtype for a in actual)
     assert_all_close(actual, expected, TOLERANCE[dtype] * 4)
 
@@ -132,9 +113,9 @@ def test_head_sizes_and_empty_batch(backend: str, head_dim: int) -> None:
     shape = (9, 8, 7, 1, 1)
     for batch in (0, 1):
         inputs = make_inputs(shape, 3, head_dim, batch, torch.float32)
-        actual = outputs_and_gradients(run(shape, backend, heads=3), inputs)
+        actual = outputs_and_gradients(attention(shape, backend, heads=3), inputs)
         exact = [x.double() for x in inputs]
-        expected = outputs_and_gradients(run(shape, "reference", heads=3), exact)
+        expected = outputs_and_gradients(attention(shape, "reference", heads=3), exact)
         assert_all_close(actual, expected, TOLERANCE[torch.float32], f"batch {batch}")
 
 
@@ -152,7 +133,7 @@ def test_tiled_copies_few_keys(stride: int, dilation: int) -> None:
 def test_second_derivatives_are_refused(backend: str) -> None:
     shape = (5, 6, 3, 1, 1)
     q, k, v, position = (x.requires_grad_() for x in make_inputs(shape, dtype=torch.float32))
-    out = run(shape, backend)(q, k, v, position)
+    out = attention(shape, backend)(q, k, v, position)
     [grad] = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         grad.square().sum().backward()
@@ -176,7 +157,7 @@ def test_transforms_of_torch_func() -> None:
     q, k, v, position = make_inputs(shape, dtype=torch.float32)
 
     def transformed(backend: str) -> list[Tensor]:
-        function = run(shape, backend)
+        function = attention(shape, backend)
         _, tangent = torch.func.jvp(lambda k: function(q, k, v, position), (k,), (v,))
         gradient = torch.func.grad(lambda q: function(q, k, v, position).sum())(q)
         batched = torch.func.vmap(lambda q: function(q, k, v, position))(torch.stack([q, v]))
@@ -195,9 +176,9 @@ def test_autocast_gives_one_dtype(backend: str) -> None:
     shape = (5, 6, 3, 1, 1)
     q, k, v, position = make_inputs(shape, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = run(shape, backend)(q.bfloat16(), k, v, position)
+        out = attention(shape, backend)(q.bfloat16(), k, v, position)
     assert out.dtype == torch.bfloat16
-    expected = run(shape, "reference")(q, k, v, position)
+    expected = attention(shape, "reference")(q, k, v, position)
     assert_all_close([out], [expected], TOLERANCE[torch.bfloat16] * 2)
 
 
@@ -206,7 +187,7 @@ def test_flops_are_counted(backend: str) -> None:
     shape = (5, 6, 3, 1, 1)
     inputs = [x.requires_grad_() for x in make_inputs(shape, dtype=torch.float32)]
     with FlopCounterMode(display=False) as counter:
-        run(shape, backend)(*inputs).sum().backward()
+        attention(shape, backend)(*inputs).sum().backward()
     products = 2 + 5  # forward and backward
     assert counter.get_total_flops() == products * 2 * 3**2 * inputs[0].numel()
 
@@ -215,7 +196,7 @@ def test_flops_are_counted(backend: str) -> None:
 def test_large_logits_stay_finite(backend: str) -> None:
     shape = (6, 7, 3, 1, 1)
     q, k, v, _ = make_inputs(shape, dtype=torch.float32)
-    out = run(shape, backend)(q * 1e4, k * 1e4, v)
+    out = attention(shape, backend)(q * 1e4, k * 1e4, v)
     assert out.isfinite().all()
     assert out.abs().max() <= v.abs().max() + 1e-4
 
@@ -223,11 +204,11 @@ def test_large_logits_stay_finite(backend: str) -> None:
 def test_attention_reads_tensors_of_any_strides() -> None:
     shape = (6, 9, 5, 1, 1)
     q, k, v, position = make_inputs(shape)
-    expected = run(shape, "tiled")(q, k, v, position)
+    expected = attention(shape, "tiled")(q, k, v, position)
     q = q.transpose(2, 3).contiguous().transpose(2, 3)
     k = k.to(memory_format=torch.channels_last)
     v = torch.cat([v, v], 3)[..., : shape[1]]
-    torch.testing.assert_close(run(shape, "tiled")(q, k, v, position), expected)
+    torch.testing.assert_close(attention(shape, "tiled")(q, k, v, position), expected)
 
 
 @pytest.mark.parametrize(

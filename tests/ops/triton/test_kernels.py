@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, TOLERANCE, as_function, assert_all_close, outputs_and_gradients
+from helpers import (
+    DEVICE,
+    TOLERANCE,
+    Shape,
+    aggregation,
+    as_function,
+    assert_all_close,
+    attention,
+    mixed_attention,
+    outputs_and_gradients,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,7 +52,6 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIZES = 3, 1, 1  # window, stride, dilation
-Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
 SMALL: list[Shape] = [
     (1, 1, 1, 1, 1),
     (1, 1, 7, 2, 3),
@@ -104,36 +113,10 @@ def aggregation_inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> list
     return [weight, torch.randn(2, 6, height, width).to(DEVICE, dtype)]
 
 
-def attention(shape: Shape, backend: str = "triton", heads: int = 2) -> Callable[..., Tensor]:
-    _, _, window, stride, dilation = shape
-
-    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
-        return window_attention(
-            q,
-            k,
-            v,
-            heads=heads,
-            window=window,
-            stride=stride,
-            dilation=dilation,
-            position=position,
-            backend=backend,
-        )
-
-    return function
-
-
-def aggregation(shape: Shape, backend: str = "triton") -> Callable[..., Tensor]:
-    _, _, window, stride, dilation = shape
-    return lambda weight, v: weighted_aggregation(
-        weight, v, window=window, stride=stride, dilation=dilation, backend=backend
-    )
-
-
 def check(
     function: Callable[..., Callable[..., Tensor]], shape: Shape, inputs: list[Tensor]
 ) -> None:
-    actual = outputs_and_gradients(function(shape), inputs)
+    actual = outputs_and_gradients(function(shape, "triton"), inputs)
     exact = [x.double() for x in inputs]
     expected = outputs_and_gradients(function(shape, "reference"), exact)
     assert_all_close(actual, expected, TOLERANCE[inputs[0].dtype])
@@ -158,24 +141,22 @@ def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     check(attention, shape, attention_inputs(shape, head_dim, dtype))
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 3, 1, 1), (9, 13, 5, 1, 2)], ids=named)
+@pytest.mark.parametrize(
+    ("shape", "alpha"), [((5, 6, 3, 1, 1), (-0.7,)), ((9, 13, 5, 1, 2), -0.7)], ids=str
+)
 @half_too
-def test_mix(shape: Shape, dtype: torch.dtype) -> None:
+def test_mix(shape: Shape, alpha: object, dtype: torch.dtype) -> None:
     """base + bias + alpha * attention, and every gradient; once with all keys of a tile in one
-    block and once in several."""
+    block and once in several, once with an alpha of shape (1,) and once with a scalar."""
     *tensors, position = attention_inputs(shape, 8, dtype, batch=2)
     inputs = [x.unflatten(1, (2, 8)) for x in tensors]
     base = torch.randn_like(inputs[0]).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-    inputs += [position, base, torch.tensor(-0.7, device=DEVICE), torch.randn_like(base[:1])]
-
-    def mixed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        base, alpha, bias = mix
-        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
+    inputs += [position, base, torch.tensor(alpha, device=DEVICE), torch.randn_like(base[:1])]
 
     def function(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
         return _fused.forward(q, k, v, p, *shape[2:], *mix)
 
-    expected = outputs_and_gradients(mixed, [x.double() for x in inputs])
+    expected = outputs_and_gradients(mixed_attention(shape), [x.double() for x in inputs])
     assert_all_close(outputs_and_gradients(function, inputs), expected, TOLERANCE[dtype])
 
 
@@ -202,7 +183,7 @@ def test_no_batch() -> None:
 def test_large_logits_stay_finite() -> None:
     shape = (6, 10, 5, 1, 1)
     q, k, v, position = attention_inputs(shape)
-    actual = outputs_and_gradients(attention(shape), [q * 1e3, k * 1e2, v, position])
+    actual = outputs_and_gradients(attention(shape, "triton"), [q * 1e3, k * 1e2, v, position])
     assert all(x.isfinite().all() for x in actual)
     assert actual[0].abs().max() <= v.abs().max() + 1e-5
 
@@ -237,7 +218,7 @@ def test_strided_and_expanded_tensors() -> None:
     q, v = big[..., ::2, 1::2], big.flip(2)[..., ::2, ::2]
     k = torch.randn(2, 1, 6, 1, device=DEVICE).expand(2, 4, 6, 10)
     shape = (6, 10, 3, 1, 1)
-    out = attention(shape)(q, k, v)
+    out = attention(shape, "triton")(q, k, v)
     assert_all_close([out], [attention(shape, "reference")(q, k, v)], 1e-5)
     weight = torch.randn(2, 6, 10, 9, 2, device=DEVICE).permute(0, 4, 3, 1, 2)
     check(aggregation, shape, [weight, v.to(memory_format=torch.channels_last)])
@@ -253,7 +234,7 @@ def test_aggregation_of_channels_last_and_many_channels() -> None:
 def test_results_repeat_to_the_bit() -> None:
     shape = (29, 30, 5, 1, 1)
     inputs, pair = attention_inputs(shape), aggregation_inputs(shape)
-    for function, x in ((attention(shape), inputs), (aggregation(shape), pair)):
+    for function, x in ((attention(shape, "triton"), inputs), (aggregation(shape, "triton"), pair)):
         first, second = outputs_and_gradients(function, x), outputs_and_gradients(function, x)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -400,7 +381,7 @@ def test_heads_of_many_channels_are_refused(fused: bool) -> None:
     layer = ACmix2d(514, 514, heads=2, backend="triton", device=DEVICE).eval()
     layer = acmix.fuse(layer) if fused else layer
     x = torch.randn(1, 514, 2, 2, device=DEVICE)
-    for function in (layer, lambda x: attention((2, 2, 3, 1, 1))(x, x, x)):
+    for function in (layer, lambda x: attention((2, 2, 3, 1, 1), "triton")(x, x, x)):
         with pytest.raises(ValueError, match=r"cannot run here: .* 256 channels at most, got 257"):
             function(x)
 
@@ -409,9 +390,9 @@ def test_what_is_refused() -> None:
     shape = (5, 6, 3, 1, 1)
     q, k, v, _ = (x.double() for x in attention_inputs(shape))
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .*float64"):
-        attention(shape)(q, k, v)
+        attention(shape, "triton")(q, k, v)
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .*torch\.func"):
-        torch.func.grad(lambda q: attention(shape)(q, k, v).sum())(q)
+        torch.func.grad(lambda q: attention(shape, "triton")(q, k, v).sum())(q)
 
 
 def samples() -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
@@ -497,7 +478,7 @@ def test_more_than_2_to_31_elements(operator: str) -> None:
     needed = 6 * batch * sum(map(math.prod, shapes))  # tensors, gradients and room, 2 bytes each
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
-    run = (attention if operator == "attention" else aggregation)((size, size, 3, 1, 1))
+    run = (attention if operator == "attention" else aggregation)((size, size, 3, 1, 1), "triton")
     tensors = [torch.randn(batch, *shape, device=DEVICE, dtype=dtype) for shape in shapes]
     tensors = [x.requires_grad_() for x in tensors]
     out = run(*tensors)
