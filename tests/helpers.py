@@ -136,22 +136,28 @@ def aggregation(shape: Shape, backend: str) -> Callable[..., Tensor]:
     return partial(weighted_aggregation, backend=backend, **sizes)
 
 
+def mixed_attention(shape: Shape) -> Callable[..., Tensor]:
+    """What the fused operators compute, by the reference: base + bias + alpha * attention."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *mix: Tensor) -> Tensor:
+        base, alpha, bias = mix
+        return base + bias + alpha * reference.forward(q, k, v, position, *shape[2:])
+
+    return function
+
+
 def assert_mixes(
     forward: Callable[..., Tensor], inputs: Sequence[Tensor], shape: Shape, tolerance: float
 ) -> None:
     """base + bias + alpha * attention, and every gradient, of (q, k, v, position, base, alpha,
     bias)."""
 
-    def expected(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
-        base, alpha, bias = mix
-        return base + bias + alpha * reference.forward(q, k, v, p, *shape[2:])
-
     def actual(q: Tensor, k: Tensor, v: Tensor, p: Tensor, *mix: Tensor) -> Tensor:
         return forward(q, k, v, p, *shape[2:], *mix)
 
     assert_all_close(
         outputs_and_gradients(actual, inputs),
-        outputs_and_gradients(expected, [x.double() for x in inputs]),
+        outputs_and_gradients(mixed_attention(shape), [x.double() for x in inputs]),
         tolerance,
     )
 

@@ -1,7 +1,7 @@
 """What the Triton kernels share: places in 5-D tensors, windows along a side, sizes of tiles.
 
-Written for Triton's own language, nothing of one vendor. A kernel takes a tensor as its pointer and
-its five strides, (B, N, d, H, W). Offsets are 64-bit: a batch may exceed 2^31 elements.
+Written for Triton's own language, nothing of one vendor. What belongs together is one NamedTuple,
+inside kernels and outside. Offsets are 64-bit: a batch may exceed 2^31 elements.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,25 +46,53 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-@triton.jit
-def places(pointer, strides, batch, head, channel, row, column):
-    """Pointers to elements; the indices broadcast against one another."""
-    pointer += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    pixel = row.to(tl.int64) * strides[3] + column.to(tl.int64) * strides[4]
-    return pointer + (pixel + channel.to(tl.int64) * strides[2])
+class Sizes(NamedTuple):
+    """What a kernel learns of the maps when it runs: k's or v's without the batch, and the sides of
+    the output."""
+
+    heads: int
+    channels: int  # of a head
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+
+
+class View(NamedTuple):
+    """A tensor (B, N, d, H, W) as a kernel takes it."""
+
+    pointer: Any
+    strides: Any
+
+
+class At(NamedTuple):
+    """Indices into a View, which broadcast against one another, and which of them are meant."""
+
+    batch: Any
+    head: Any
+    channel: Any
+    row: Any
+    column: Any
+    mask: Any
 
 
 @triton.jit
-def load(pointer, strides, batch, head, channel, row, column, mask):
+def _places(view, at):
+    strides = view.strides
+    start = view.pointer + at.batch.to(tl.int64) * strides[0] + at.head.to(tl.int64) * strides[1]
+    pixel = at.row.to(tl.int64) * strides[3] + at.column.to(tl.int64) * strides[4]
+    return start + (pixel + at.channel.to(tl.int64) * strides[2])
+
+
+@triton.jit
+def load(view, at):
     """Elements, zeros outside the mask."""
-    at = places(pointer, strides, batch, head, channel, row, column)
-    return tl.load(at, mask=mask, other=0)
+    return tl.load(_places(view, at), mask=at.mask, other=0)
 
 
 @triton.jit
-def store(pointer, strides, batch, head, channel, row, column, values, mask):
-    at = places(pointer, strides, batch, head, channel, row, column)
-    tl.store(at, values.to(pointer.dtype.element_ty), mask=mask)
+def store(view, at, values):
+    tl.store(_places(view, at), values.to(view.pointer.dtype.element_ty), mask=at.mask)
 
 
 @triton.jit
@@ -75,34 +104,27 @@ def reflect(index, size):
 
 
 @triton.jit
-def times_seen(
-    query,
-    key,
-    size,
-    first,
-    last,
-    WINDOW: tl.constexpr,
-    DILATION: tl.constexpr,
-    ONCE: tl.constexpr,
-):
-    """How often the window around pixel `query` shows `key`, along one side.
+def times_seen(query, key, size, first, last, C: tl.constexpr):
+    """How often the window around pixel `query` shows `key`, along one side; C has its WINDOW,
+    DILATION and ONCE.
 
     `first` and `last` bound the queries. Where no window of theirs leaves the map, that is a test;
     at the border the reflected taps are counted. `ONCE`: no tap is so far out that its reflection
     is reflected again, which spares a division.
     """
-    reach: tl.constexpr = WINDOW // 2 * DILATION
+    WINDOW: tl.constexpr = C.WINDOW
+    reach: tl.constexpr = WINDOW // 2 * C.DILATION
     if (first >= reach) & (last + reach < size):
         offset = key - query
         seen = (offset >= -reach) & (offset <= reach)
-        if DILATION > 1:
-            seen = seen & (offset % DILATION == 0)
+        if C.DILATION > 1:
+            seen = seen & (offset % C.DILATION == 0)
         times = seen.to(tl.float32)
     else:
         times = (key - query).to(tl.float32) * 0
         for tap in tl.static_range(WINDOW):
-            shown = query + (tap - WINDOW // 2) * DILATION
-            if ONCE:
+            shown = query + (tap - WINDOW // 2) * C.DILATION
+            if C.ONCE:
                 shown = tl.abs(shown)
                 shown = tl.minimum(shown, 2 * (size - 1) - shown)
             else:
@@ -117,8 +139,8 @@ def unit(index, size):
     return index.to(tl.float32) * (2 / tl.maximum(size - 1, 1).to(tl.float32)) - 1
 
 
-def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.stride())
+def view(tensor: Tensor) -> View:
+    return View(tensor, tensor.stride())
 
 
 def least_dilation(dilation: int, height: int, width: int) -> int:

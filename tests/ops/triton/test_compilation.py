@@ -47,27 +47,29 @@ class Recorder:
     def compile(self, capability: int) -> tuple[int, int]:
         """Bytes of shared memory, and of registers spilled by a thread."""
         [arguments] = self.calls
-        signature, constants, hints = {}, {}, {}
+        constants, hints = {}, {}
 
-        def describe(path: tuple[int, ...], value: Any) -> str:
+        def describe(path: tuple[int, ...], value: Any) -> Any:
+            if value is None or (isinstance(value, int) and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, tuple):
+                parts = [describe((*path, i), x) for i, x in enumerate(value)]
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
             if isinstance(value, Tensor) or (value % 16 == 0 and isinstance(value, int)):
                 hints[path] = [["tt.divisibility", 16]]
             if isinstance(value, Tensor):
                 return TYPES[value.dtype]
-            if value == 1:
-                constants[path] = 1
-                return "constexpr"
             return "fp32" if isinstance(value, float) else "i32"
 
+        signature = {}
         for i, parameter in enumerate(self.kernel.params):
-            value = arguments.get(parameter.name)
-            if parameter.is_constexpr or value is None:
+            value = arguments[parameter.name]
+            if parameter.is_constexpr:
                 constants[(i,)] = value
-                signature[parameter.name] = "constexpr"
-            elif isinstance(value, tuple):
-                signature[parameter.name] = tuple(describe((i, j), x) for j, x in enumerate(value))
-            else:
-                signature[parameter.name] = describe((i,), value)
+            signature[parameter.name] = (
+                "constexpr" if parameter.is_constexpr else describe((i,), value)
+            )
         options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
         kernel = triton.compile(
             ASTSource(self.kernel, signature, constants, hints),
@@ -162,7 +164,8 @@ def test_all_keys_of_a_window_of_7_in_one_block(
     q, k, v = torch.empty(3, 1, 1, head_dim, 28, 28, dtype=torch.bfloat16)
     attention.forward(q, k, v, None, None, None, None, 7, 1, 1)
     [call] = recorder.calls
-    assert call["HALO_ROWS"] * call["HALO_COLUMNS"] <= call["BLOCK"]
+    constants = call["C"]
+    assert constants.HALO_ROWS * constants.HALO_COLUMNS <= constants.BLOCK
 
 
 @pytest.mark.parametrize("side", [(1, 1), (1, 9), (9, 1)], ids=str)

@@ -10,7 +10,8 @@ pixel, in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,103 +19,102 @@ import triton.language as tl
 from torch import Tensor
 
 from acmix.ops._checks import check_shape
-from acmix.ops._triton import least_dilation, load, reflect, store, strides
+from acmix.ops._triton import At, Sizes, least_dilation, load, reflect, store, view
 from acmix.ops._windows import output_size
 from acmix.ops.weighted_aggregation._fused import empty_output
 
 ELEMENTS = 1024  # of a program's block
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for: the operator's sizes and those of a program's block."""
+
+    WINDOW: int
+    STRIDE: int
+    DILATION: int
+    ROWS: int
+    COLUMNS: int
+    GROUP: int  # weights
+    EACH: int  # channels that share one
+
+
+class Block(NamedTuple):
+    """A program's image and, in the shape (pixels, weights, channels) of a block, its weights, rows
+    and columns, and which of them there are."""
+
+    batch: Any
+    group: Any
+    row: Any
+    column: Any
+    there: Any
+
+
 @triton.jit
-def _block(height, width, shared, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """A program's batch and, in the shape (pixels, weights, channels) of a block, its rows, columns
-    and weights, and which of them there are."""
+def _block(height, width, size, C: tl.constexpr):
+    """A program's block of a map."""
     program = tl.program_id(0)
-    groups = tl.cdiv(shared, GROUP)
-    down, across = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    groups = tl.cdiv(size.heads, C.GROUP)
+    down, across = tl.cdiv(height, C.ROWS), tl.cdiv(width, C.COLUMNS)
     tile = program // groups
     batch = tile // (down * across)
     tile = tile % (down * across)
-    pixel = tl.arange(0, ROWS * COLUMNS)[:, None, None]
-    row = tile // across * ROWS + pixel // COLUMNS
-    column = tile % across * COLUMNS + pixel % COLUMNS
-    group = program % groups * GROUP + tl.arange(0, GROUP)[None, :, None]
-    return batch, row, column, group, (row < height) & (column < width) & (group < shared)
+    pixel = tl.arange(0, C.ROWS * C.COLUMNS)[:, None, None]
+    row = tile // across * C.ROWS + pixel // C.COLUMNS
+    column = tile % across * C.COLUMNS + pixel % C.COLUMNS
+    group = program % groups * C.GROUP + tl.arange(0, C.GROUP)[None, :, None]
+    there = (row < height) & (column < width) & (group < size.heads)
+    return Block(batch, group, row, column, there)
 
 
 @triton.jit
-def _forward_kernel(
-    weight,
-    v,
-    out,
-    weight_strides,
-    v_strides,
-    out_strides,
-    shared,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    EACH: tl.constexpr,
-):
-    batch, row, column, group, there = _block(out_height, out_width, shared, ROWS, COLUMNS, GROUP)
-    for start in range(0, channels, EACH):
-        channel = start + tl.arange(0, EACH)[None, None, :]
-        filled = there & (channel < channels)
-        sums = tl.zeros((ROWS * COLUMNS, GROUP, EACH), tl.float32)
-        for t in range(WINDOW * WINDOW):
-            tap = t + tl.zeros((1, 1, 1), tl.int32)
-            y = reflect(row * STRIDE + (tap // WINDOW - WINDOW // 2) * DILATION, height)
-            x = reflect(column * STRIDE + (tap % WINDOW - WINDOW // 2) * DILATION, width)
-            factors = load(weight, weight_strides, batch, group, tap, row, column, there)
-            values = load(v, v_strides, batch, group, channel, y, x, filled)
+def _weights(block, tap):
+    """Where a block's weights for a tap stand, and their gradients."""
+    tap += tl.zeros((1, 1, 1), tl.int32)
+    return At(block.batch, block.group, tap, block.row, block.column, block.there)
+
+
+@triton.jit
+def _channels(block, start, size, C: tl.constexpr):
+    """Where a block's outputs stand, of the channels from `start` on."""
+    channel = start + tl.arange(0, C.EACH)[None, None, :]
+    there = block.there & (channel < size.channels)
+    return At(block.batch, block.group, channel, block.row, block.column, there)
+
+
+@triton.jit
+def _shown(at, tap, size, C: tl.constexpr):
+    """Where stands what the windows around a block's outputs show at a tap."""
+    y = at.row * C.STRIDE + (tap // C.WINDOW - C.WINDOW // 2) * C.DILATION
+    x = at.column * C.STRIDE + (tap % C.WINDOW - C.WINDOW // 2) * C.DILATION
+    y, x = reflect(y, size.height), reflect(x, size.width)
+    return At(at.batch, at.head, at.channel, y, x, at.mask)
+
+
+@triton.jit
+def _forward_kernel(weight, v, out, size, C: tl.constexpr):
+    block = _block(size.out_height, size.out_width, size, C)
+    for start in range(0, size.channels, C.EACH):
+        at = _channels(block, start, size, C)
+        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, C.EACH), tl.float32)
+        for tap in range(C.WINDOW * C.WINDOW):
+            factors = load(weight, _weights(block, tap))
+            values = load(v, _shown(at, tap, size, C))
             sums += factors.to(tl.float32) * values.to(tl.float32)
-        store(out, out_strides, batch, group, channel, row, column, sums, filled)
+        store(out, at, sums)
 
 
 @triton.jit
-def _weight_gradient_kernel(
-    grad_out,
-    v,
-    grad_weight,
-    grad_strides,
-    v_strides,
-    grad_weight_strides,
-    shared,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    EACH: tl.constexpr,
-):
-    batch, row, column, group, there = _block(out_height, out_width, shared, ROWS, COLUMNS, GROUP)
-    for t in range(WINDOW * WINDOW):
-        tap = t + tl.zeros((1, 1, 1), tl.int32)
-        y = reflect(row * STRIDE + (tap // WINDOW - WINDOW // 2) * DILATION, height)
-        x = reflect(column * STRIDE + (tap % WINDOW - WINDOW // 2) * DILATION, width)
-        sums = tl.zeros((ROWS * COLUMNS, GROUP, 1), tl.float32)
-        for start in range(0, channels, EACH):
-            channel = start + tl.arange(0, EACH)[None, None, :]
-            filled = there & (channel < channels)
-            grads = load(grad_out, grad_strides, batch, group, channel, row, column, filled)
-            values = load(v, v_strides, batch, group, channel, y, x, filled)
+def _weight_gradient_kernel(grad_out, v, grad_weight, size, C: tl.constexpr):
+    block = _block(size.out_height, size.out_width, size, C)
+    for tap in range(C.WINDOW * C.WINDOW):
+        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, 1), tl.float32)
+        for start in range(0, size.channels, C.EACH):
+            at = _channels(block, start, size, C)
+            grads, values = load(grad_out, at), load(v, _shown(at, tap, size, C))
             products = grads.to(tl.float32) * values.to(tl.float32)
             sums += tl.sum(products, 2, keep_dims=True)
-        store(grad_weight, grad_weight_strides, batch, group, tap, row, column, sums, there)
+        store(grad_weight, _weights(block, tap), sums)
 
 
 @triton.jit
@@ -145,64 +145,43 @@ def _shows(first, last, number, size, offset, end):
 
 
 @triton.jit
-def _value_gradient_kernel(
-    grad_out,
-    weight,
-    grad_v,
-    grad_strides,
-    weight_strides,
-    grad_v_strides,
-    shared,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    WINDOW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    EACH: tl.constexpr,
-):
+def _window(pixel, number, size, offset, end, C: tl.constexpr):
+    """The window on 0..end that has that reflection of a pixel at its offset, and whether there is
+    one."""
+    at, other = _image(pixel, number, size)
+    at -= offset
+    return at // C.STRIDE, other & (at >= 0) & (at <= end) & (at % C.STRIDE == 0)
+
+
+@triton.jit
+def _value_gradient_kernel(grad_out, weight, grad_v, size, C: tl.constexpr):
     """Over a pixel's reflections, and for each over the taps: the window that has it there."""
-    batch, row, column, group, there = _block(height, width, shared, ROWS, COLUMNS, GROUP)
-    reach: tl.constexpr = WINDOW // 2 * DILATION
-    top, bottom = tl.min(row), tl.minimum(tl.max(row), height - 1)
-    left, right = tl.min(column), tl.minimum(tl.max(column), width - 1)
-    end_y, end_x = (out_height - 1) * STRIDE, (out_width - 1) * STRIDE
-    least_y, most_y = _images(top, bottom, height, reach)
-    least_x, most_x = _images(left, right, width, reach)
-    for start in range(0, channels, EACH):
-        channel = start + tl.arange(0, EACH)[None, None, :]
-        filled = there & (channel < channels)
-        sums = tl.zeros((ROWS * COLUMNS, GROUP, EACH), tl.float32)
-        for i in range((most_y - least_y + 1) * WINDOW):
-            image_y, dy = least_y + i // WINDOW, i % WINDOW
-            offset_y = (dy - WINDOW // 2) * DILATION
-            if _shows(top, bottom, image_y, height, offset_y, end_y):
-                y, other_y = _image(row, image_y, height)
-                y -= offset_y
-                shown_y = other_y & (y >= 0) & (y <= end_y) & (y % STRIDE == 0)
-                for j in range((most_x - least_x + 1) * WINDOW):
-                    image_x, dx = least_x + j // WINDOW, j % WINDOW
-                    offset_x = (dx - WINDOW // 2) * DILATION
-                    if _shows(left, right, image_x, width, offset_x, end_x):
-                        x, other_x = _image(column, image_x, width)
-                        x -= offset_x
-                        shown_x = other_x & (x >= 0) & (x <= end_x) & (x % STRIDE == 0)
-                        tap = dy * WINDOW + dx + tl.zeros((1, 1, 1), tl.int32)
-                        at_y, at_x = y // STRIDE, x // STRIDE
-                        there_w, there_g = there & shown_y & shown_x, filled & shown_y & shown_x
-                        factors = load(
-                            weight, weight_strides, batch, group, tap, at_y, at_x, there_w
-                        )
-                        grads = load(
-                            grad_out, grad_strides, batch, group, channel, at_y, at_x, there_g
-                        )
+    block = _block(size.height, size.width, size, C)
+    reach: tl.constexpr = C.WINDOW // 2 * C.DILATION
+    top, bottom = tl.min(block.row), tl.minimum(tl.max(block.row), size.height - 1)
+    left, right = tl.min(block.column), tl.minimum(tl.max(block.column), size.width - 1)
+    end_y, end_x = (size.out_height - 1) * C.STRIDE, (size.out_width - 1) * C.STRIDE
+    least_y, most_y = _images(top, bottom, size.height, reach)
+    least_x, most_x = _images(left, right, size.width, reach)
+    for start in range(0, size.channels, C.EACH):
+        at = _channels(block, start, size, C)
+        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, C.EACH), tl.float32)
+        for i in range((most_y - least_y + 1) * C.WINDOW):
+            image_y, dy = least_y + i // C.WINDOW, i % C.WINDOW
+            offset_y = (dy - C.WINDOW // 2) * C.DILATION
+            if _shows(top, bottom, image_y, size.height, offset_y, end_y):
+                y, shown_y = _window(block.row, image_y, size.height, offset_y, end_y, C)
+                for j in range((most_x - least_x + 1) * C.WINDOW):
+                    image_x, dx = least_x + j // C.WINDOW, j % C.WINDOW
+                    offset_x = (dx - C.WINDOW // 2) * C.DILATION
+                    if _shows(left, right, image_x, size.width, offset_x, end_x):
+                        x, shown_x = _window(block.column, image_x, size.width, offset_x, end_x, C)
+                        there = block.there & shown_y & shown_x
+                        window = Block(block.batch, block.group, y, x, there)
+                        factors = load(weight, _weights(window, dy * C.WINDOW + dx))
+                        grads = load(grad_out, _channels(window, start, size, C))
                         sums += factors.to(tl.float32) * grads.to(tl.float32)
-        store(grad_v, grad_v_strides, batch, group, channel, row, column, sums, filled)
+        store(grad_v, at, sums)
 
 
 def _launch(
@@ -219,23 +198,10 @@ def _launch(
     rows = max(1, ELEMENTS // (group * each * columns))
     programs = triton.cdiv(filled.shape[3], rows) * triton.cdiv(filled.shape[4], columns)
     programs *= batch * triton.cdiv(shared, group)
-    kernel[(programs,)](
-        *tensors,
-        *map(strides, tensors),
-        shared,
-        channels,
-        height,
-        width,
-        *out.shape[3:],
-        WINDOW=window,
-        STRIDE=stride,
-        DILATION=least_dilation(dilation, height, width),
-        ROWS=rows,
-        COLUMNS=columns,
-        GROUP=group,
-        EACH=each,
-        num_warps=4,
-    )
+    size = Sizes(*v.shape[1:], *out.shape[3:])
+    dilation = least_dilation(dilation, height, width)
+    constants = Constants(window, stride, dilation, rows, columns, group, each)
+    kernel[(programs,)](*map(view, tensors), size, constants, num_warps=4)
 
 
 def _check(weight: Tensor, v: Tensor, out: Tensor, window: int, stride: int) -> None:
