@@ -45,6 +45,7 @@ LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+DESCRIBING = ("feature_info",)  # of timm's blocks: it reads their sizes
 NORMS = (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d)
 
 
@@ -73,7 +74,8 @@ def fuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    for layer_name, norm_name in list(norms_after_layers(model)):
+    watch = Watch(model)
+    for layer_name, norm_name in [p for p in norms_after_layers(model) if not watch.sees(*p)]:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if uses[layer] == uses[norm] == 1 and can_fold(layer, norm):
             model.set_submodule(layer_name, fold(layer, norm))
@@ -122,27 +124,134 @@ def pairs(module: nn.Module, graph: fx.Graph) -> set[tuple[str, str]]:
 
 
 def traced(module: nn.Module, name: str) -> list[fx.Graph]:
-    """The calls of `forward` with its optional arguments at their defaults, with each switch
-    turned, and with any others; nothing where fx cannot trace one of these."""
-    arguments = inspect.signature(module.forward).parameters.values()
-    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+    """The calls of `forward`; nothing where fx cannot trace it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ways: list[dict[str, Any]] = [defaults, {}] if defaults else [{}]
-            # To `is True` a proxy says no, so that each switch is turned as well.
-            ways += [{**defaults, k: not v} for k, v in defaults.items() if isinstance(v, bool)]
-            return [Tracer().trace(module, given) for given in ways]
+        return graphs_of(module, "forward")
     except Exception as error:  # whatever a user's forward raises for a proxy of a tensor
         logger.info("%s: torch.fx cannot trace it: %s", name or "the model", error)
         return []
 
 
+def graphs_of(module: nn.Module, method: str) -> list[fx.Graph]:
+    """The calls of a method with its optional arguments at their defaults, with each switch turned,
+    and, of `forward`, with any others."""
+    arguments = inspect.signature(getattr(module, method)).parameters.values()
+    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ways: list[dict[str, Any]] = [defaults]
+        if defaults and method == "forward":
+            ways.append({})
+        # To `is True` a proxy says no, so that each switch is turned as well.
+        ways += [{**defaults, k: not v} for k, v in defaults.items() if isinstance(v, bool)]
+        graphs = []
+        for given in ways:
+            try:
+                graphs.append(Tracer(method).trace(module, given))
+            except AssertionError:  # a method may refuse some arguments together
+                if given is defaults or method == "forward":
+                    raise
+        return graphs
+
+
+class Watch:
+    """What else may see a layer's output before its norm: a hook on what holds but one of the two,
+    another method of what holds both, or a `forward` that cannot be traced and reaches below its
+    own children."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.graphs: dict[tuple[nn.Module, str], list[fx.Graph] | None] = {}
+
+    def sees(self, layer: str, norm: str) -> bool:
+        for name, parent in holders(self.model, layer, norm).items():
+            witness = self.witness(parent, name, layer, norm)
+            if witness is not None:
+                where = name or "the model"
+                logger.info("%s stays: %s of %s may see what is before it", norm, witness, where)
+                return True
+        return False
+
+    def witness(self, parent: nn.Module, name: str, layer: str, norm: str) -> str | None:
+        if not inside(layer, name) or not inside(norm, name):
+            return "a hook" if is_hooked(parent) else None
+        prefix = f"{name}." if name else ""
+        both = layer.removeprefix(prefix), norm.removeprefix(prefix)
+        parts = {part for path in both for part in path.split(".")}
+        below = {part for path in both for part in path.split(".")[1:]}
+        for method in methods(parent):
+            graphs = self.traced(parent, method) if mentions(parent, method, parts) else []
+            if graphs is None:  # its children may be called, but not what is in them
+                if method != "forward" or mentions(parent, method, below):
+                    return method
+            elif any(both not in pairs(parent, graph) and touches(graph, both) for graph in graphs):
+                return method
+        return None
+
+    def traced(self, module: nn.Module, method: str) -> list[fx.Graph] | None:
+        """The graphs of a method, once; None where fx cannot trace it."""
+        if (module, method) not in self.graphs:
+            try:
+                self.graphs[module, method] = graphs_of(module, method)
+            except Exception:  # as in `traced`
+                self.graphs[module, method] = None
+        return self.graphs[module, method]
+
+
+def holders(model: nn.Module, *paths: str) -> dict[str, nn.Module]:
+    """The modules on the way to some, by name, the model first."""
+    names = {""}
+    for path in paths:
+        parts = path.split(".")
+        names |= {".".join(parts[:end]) for end in range(1, len(parts))}
+    return {name: model.get_submodule(name) for name in sorted(names)}
+
+
+def inside(path: str, name: str) -> bool:
+    return not name or path.startswith(f"{name}.")
+
+
+def methods(module: nn.Module) -> list[str]:
+    """Names of what a class and its bases below nn.Module define and may be given a tensor."""
+    found = {}
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn.modules"):
+            break
+        for name, function in vars(kind).items():
+            if inspect.isfunction(function) and not name.startswith("__"):
+                found.setdefault(name, function)
+    return [name for name, f in found.items() if takes_tensor(f) and name not in DESCRIBING]
+
+
+def takes_tensor(function: Callable[..., Any]) -> bool:
+    """By the annotation of its first argument; without one, it may."""
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    if not arguments:
+        return False
+    kind = arguments[0].annotation
+    return kind is inspect.Parameter.empty or kind is Any or "Tensor" in str(kind)
+
+
+def mentions(module: nn.Module, method: str, parts: set[str]) -> bool:
+    """Whether the code of a method has one of the names, as an attribute or in quotes."""
+    codes = [getattr(type(module), method).__code__]
+    for code in codes:
+        if parts & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
+            return True
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+    return False
+
+
+def touches(graph: fx.Graph, names: tuple[str, ...]) -> bool:
+    return any(str(node.target).startswith(names) for node in graph.nodes)
+
+
 class Tracer(fx.Tracer):
     """Of calls of layers, norms and operators, and of what timm says is not to be traced."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: str) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.traced_func_name = method
         self.leaves = (*LAYERS, *NORMS, *OPERATORS, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
