@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import logging
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -182,7 +184,7 @@ class Watch:
         for method in methods(parent):
             graphs = self.traced(parent, method) if mentions(parent, method, parts) else []
             if graphs is None:  # its children may be called, but not what is in them
-                if method != "forward" or mentions(parent, method, below):
+                if method != "forward" or mentions(parent, method, below, beyond_self=True):
                     return method
             elif any(both not in pairs(parent, graph) and touches(graph, both) for graph in graphs):
                 return method
@@ -212,13 +214,13 @@ def inside(path: str, name: str) -> bool:
 
 
 def methods(module: nn.Module) -> list[str]:
-    """Names of what a class and its bases below nn.Module define and may be given a tensor."""
-    found = {}
+    """Names of what a user may give a tensor, of a class and its bases below PyTorch's."""
+    found: dict[str, Callable[..., Any]] = {}
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch.nn.modules"):
             break
         for name, function in vars(kind).items():
-            if inspect.isfunction(function) and not name.startswith("__"):
+            if inspect.isfunction(function) and not name.startswith("_"):
                 found.setdefault(name, function)
     return [name for name, f in found.items() if takes_tensor(f) and name not in DESCRIBING]
 
@@ -232,13 +234,26 @@ def takes_tensor(function: Callable[..., Any]) -> bool:
     return kind is inspect.Parameter.empty or kind is Any or "Tensor" in str(kind)
 
 
-def mentions(module: nn.Module, method: str, parts: set[str]) -> bool:
-    """Whether the code of a method has one of the names, as an attribute or in quotes."""
-    codes = [getattr(type(module), method).__code__]
-    for code in codes:
-        if parts & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
+def mentions(module: nn.Module, method: str, parts: set[str], beyond_self: bool = False) -> bool:
+    """Whether the code of a method, or of one of the same class that it calls, has one of the names
+    as an attribute or in quotes; beyond_self: as an attribute of anything but `self`."""
+    functions = [getattr(type(module), method)]
+    for function in functions:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):  # code without a source may do anything
             return True
-        codes += [c for c in code.co_consts if inspect.iscode(c)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in parts:
+                return True
+            if not isinstance(node, ast.Attribute):
+                continue
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if node.attr in parts and not (own and beyond_self):
+                return True
+            called = getattr(type(module), node.attr, None) if own else None
+            if inspect.isfunction(called) and called not in functions:
+                functions.append(called)
     return False
 
 
