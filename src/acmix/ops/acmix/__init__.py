@@ -110,7 +110,9 @@ def folded_acmix(x: Tensor, weights: Folded, sizes: Sizes, backend: str = "auto"
 
 def fold(weights: Weights, sizes: Sizes, backend: str, like: Tensor) -> Folded:
     """The weights as `folded_acmix` takes them, in the form for the device that holds `like`."""
-    return _choose(backend, like, weights, sizes).fold(like, weights, sizes)
+    if backend == "auto":
+        return _choose(backend, like, weights, sizes).fold(like, weights, sizes)
+    return IMPLEMENTATIONS[backend].fold(like, weights, sizes)  # whether it can run, x tells
 
 
 def _choose(backend: str, x: Tensor, weights: Weights | Folded, sizes: Sizes) -> ModuleType:
