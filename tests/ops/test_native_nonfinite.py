@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from helpers import TOLERANCE, assert_all_close
 from torch import Tensor
 
-from acmix.ops import _native
+from acmix.ops import _native, shift_convolution
 from acmix.ops.partition_attention import native as partition
 from acmix.ops.partition_attention import reference as partition_reference
-from acmix.ops.shift_convolution import native as convolution
 from acmix.ops.shift_convolution import reference as convolution_reference
 from acmix.ops.weighted_aggregation import native as aggregation
 from acmix.ops.weighted_aggregation import reference as aggregation_reference
@@ -219,8 +218,8 @@ def test_convolution_path(outputs: int) -> None:
     arguments["kernels"] = torch.randn(3 * outputs, 9, 3, 3)
     arguments["grad_out"] = torch.randn(2, 3 * outputs, 4, 5)
     case = Case(
-        lambda *x: convolution.forward(*x, None, 2, 1),
-        lambda *x: convolution_reference.forward(*x, None, 2, 1),
+        lambda *x: shift_convolution(*x, stride=2, backend="native"),
+        lambda *x: shift_convolution(*x, stride=2, backend="reference"),
         arguments,
     )
     for what, changed in poisoned(case):
