@@ -1,7 +1,8 @@
 """Builds the CPU kernel beside the package's metadata in pyproject.toml.
 
-One source, kernels.cpp, is compiled once for each instruction set; the library chooses among them at
-run time. It uses neither Python's headers nor PyTorch's, so that one build serves all versions of both.
+One source, kernels.cpp, is compiled once for each instruction set; the library chooses among them
+at run time. It uses neither Python's headers nor PyTorch's, so that one build serves all versions
+of both.
 
 ACMIX_NO_NATIVE=1 leaves the kernel out. ACMIX_REQUIRE_NATIVE=1 makes a failed build an error;
 without it the install goes on and `acmix info` says why the kernel is missing.

@@ -5,6 +5,7 @@
 
 #include "partition_attention/job.h"
 #include "simd/correlate.h"
+#include "simd/finite.h"
 #include "simd/pixels.h"
 #include "simd/softmax.h"
 #include "simd/table.h"
@@ -96,6 +97,13 @@ void window_logits(const Partition& job, const Window& w, const float* keys, con
           g.pitch, true);
 }
 
+bool finite_tokens(const PartitionGeometry& g, const float* tokens) {
+  for (int64_t i = 0; i < g.tokens; i++) {
+    if (!all_finite(tokens + i * g.channel_pitch, g.p.channels)) return false;
+  }
+  return true;
+}
+
 float* window_lse(const Partition& job, const Window& w) {
   const PartitionGeometry& g = job.g;
   const int64_t image = w.image * g.p.heads + w.head;
@@ -147,6 +155,14 @@ void partition_forward(const Partition& job, int64_t index, float* memory) {
       store<kWide>(s.inverse + q, splat<kWide>(1.0f) / sum);
     }
     std::memcpy(window_lse(job, w), s.lse, static_cast<size_t>(g.tokens) * sizeof(float));
+    // Between pixels that are apart weights are as small as numbers get.
+    if (has_mask(g, w) && !finite_tokens(g, s.values)) {
+      window_logits(job, w, s.keys, s.columns, s.bias, s.part, s.weights);
+      for (int64_t q = 0; q < g.tokens; q += kWide) {
+        exact_softmax<kWide>(s.weights + q, g.tokens, g.pitch);
+        store<kWide>(s.inverse + q, splat<kWide>(1.0f));
+      }
+    }
     product({s.weights, 1, g.pitch}, g.tokens, g.tokens, s.values, g.channel_pitch, g.p.channels,
             s.outs, g.channel_pitch, false);
     for (int64_t q = 0; q < g.tokens; q++) {
@@ -213,9 +229,15 @@ void partition_backward(const Partition& job, int64_t index, float* memory) {
     product({s.values, g.channel_pitch, 1}, g.tokens, g.p.channels, s.grad_columns, g.pitch,
             g.tokens, s.grad_weights, g.pitch, false);
     std::memcpy(s.lse, window_lse(job, w), static_cast<size_t>(g.tokens) * sizeof(float));
+    const bool exact =
+        has_mask(g, w) && !(finite_tokens(g, s.values) && finite_tokens(g, s.grad_outs));
     for (int64_t q = 0; q < g.tokens; q += kWide) {
-      softmax_backward<kWide>(s.weights + q, s.grad_weights + q, g.tokens, g.pitch,
-                              load<kWide>(s.lse + q));
+      float *logits = s.weights + q, *gradients = s.grad_weights + q;
+      if (exact) {
+        exact_softmax_backward<kWide>(logits, gradients, g.tokens, g.pitch);
+      } else {
+        softmax_backward<kWide>(logits, gradients, g.tokens, g.pitch, load<kWide>(s.lse + q));
+      }
     }
     if (grad_bias) add_bias_gradient(g, s.grad_weights, grad_bias);
     const Matrix by_query{s.grad_weights, 1, g.pitch}, by_key{s.grad_weights, g.pitch, 1};

@@ -79,8 +79,8 @@ struct PairSizes {
 
 constexpr auto kPairs = make_table<PairSizes, Pair, kOutputs, kSources>();
 
-// Every row with every source, `count` places of them.
-void pair_all(Pairing p, int64_t rows, int64_t sources) {
+// Every row with every source.
+void pair_segment(Pairing p, int64_t rows, int64_t sources) {
   const Pairing all = p;
   for (int64_t r = 0; r < rows; r += kOutputs) {
     p.row = all.row + r * all.row_pitch;
@@ -89,6 +89,18 @@ void pair_all(Pairing p, int64_t rows, int64_t sources) {
     for (int64_t s = 0; s < sources; s += kSources, p.sources += kSources) {
       kPairs.of[smaller(kOutputs, rows - r) - 1][smaller(kSources, sources - s) - 1](p);
     }
+  }
+}
+
+// The same, a few places at a time: the sources' stay in the first-level cache.
+void pair_all(const Pairing& p, int64_t rows, int64_t sources) {
+  constexpr int64_t segment = 1024;
+  for (int64_t at = 0; at < p.count; at += segment) {
+    Pairing part = p;
+    part.row += at;
+    part.source += at;
+    part.count = smaller(segment, p.count - at);
+    pair_segment(part, rows, sources);
   }
 }
 

@@ -14,7 +14,7 @@ constexpr int kRun = ACMIX_LANES > 8 ? 8 : ACMIX_LANES;
 
 // Calls body(T{}), T being the type of an element.
 template <class Body>
-void with_type(const Tensor& t, const Body& body) {
+ACMIX_INLINE void with_type(const Tensor& t, const Body& body) {
   switch (t.dtype) {
     case acmix::kBfloat16:
       return body(Bfloat16{});

@@ -32,8 +32,15 @@ ACMIX_INLINE void for_taps(int64_t taps, const Body& body) {
   for (; t < taps; t++) body(t, 0);
 }
 
-// The largest logit, and in place of the logits 2^(logit - largest), with their sum.
+// 2^x, in subnormal numbers too, which are slow.
 template <int N>
+Float<N> subnormal_exp2(Float<N> x) {
+  const Float<N> root = exp2<N>(x * splat<N>(0.5f));
+  return root * root;
+}
+
+// The largest logit, and in place of the logits 2^(logit - largest), with their sum.
+template <int N, Float<N> Power(Float<N>) = exp2<N>>
 void exponentiate(float* logits, int64_t taps, int64_t pitch, Float<N>& largest, Float<N>& sum) {
   Float<N> m[kParts];
   for (Float<N>& part : m) part = load<N>(logits);
@@ -43,7 +50,7 @@ void exponentiate(float* logits, int64_t taps, int64_t pitch, Float<N>& largest,
   largest = max<N>(max<N>(m[0], m[1]), max<N>(m[2], m[3]));
   Sum<N> s;
   for_taps(taps, [&](int64_t t, int i) ACMIX_INLINED {
-    const Float<N> p = exp2<N>(load<N>(logits + t * pitch) - largest);
+    const Float<N> p = Power(load<N>(logits + t * pitch) - largest);
     s.part[i] += p;
     store<N>(logits + t * pitch, p);
   });
@@ -71,6 +78,30 @@ Float<N> softmax_backward(float* logits, float* gradients, int64_t taps, int64_t
     store<N>(gradients + t * pitch, p * (load<N>(gradients + t * pitch) - delta));
   }
   return delta;
+}
+
+// In place: logits become probabilities, each 0 where a softmax in float32 rounds it to 0 and not
+// else. What they weight may be infinite.
+template <int N>
+void exact_softmax(float* logits, int64_t taps, int64_t pitch) {
+  Float<N> largest, sum;
+  exponentiate<N, subnormal_exp2<N>>(logits, taps, pitch, largest, sum);
+  for (int64_t t = 0; t < taps * pitch; t += pitch) {
+    store<N>(logits + t, load<N>(logits + t) / sum);
+  }
+}
+
+// The same as softmax_backward, with such probabilities.
+template <int N>
+void exact_softmax_backward(float* logits, float* gradients, int64_t taps, int64_t pitch) {
+  exact_softmax<N>(logits, taps, pitch);
+  Float<N> delta = splat<N>(0.0f);
+  for (int64_t t = 0; t < taps * pitch; t += pitch) {
+    delta += load<N>(logits + t) * load<N>(gradients + t);
+  }
+  for (int64_t t = 0; t < taps * pitch; t += pitch) {
+    store<N>(gradients + t, load<N>(logits + t) * (load<N>(gradients + t) - delta));
+  }
 }
 
 }  // namespace

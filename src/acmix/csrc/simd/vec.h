@@ -67,23 +67,26 @@ ACMIX_INLINE Float<N> max(Float<N> a, Float<N> b) {
   return a > b ? a : b;
 }
 
-// 2^x, relative error 2e-7; x below -126 counts as -126. The integer part goes into the exponent
-// bits, the rest in [-1/2, 1/2] through a polynomial.
+// 2^x, relative error 2e-7, for x up to 126; x below -127.5 gives 0, as minus infinity does. The
+// integer part makes a power of 2 by its bits, the rest in [-1/2, 1/2] goes through a polynomial,
+// and the product of the two is NaN where x is.
 template <int N>
 ACMIX_INLINE Float<N> exp2(Float<N> x) {
-  const Float<N> lowest = splat<N>(-126.0f);
-  const Float<N> shifter = splat<N>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Float<N> lowest = splat<N>(-128.0f);
+  // Adding 1.5 * 2^23 rounds to an integer; 128 more, and the bits are those of the exponent of
+  // 2^(n + 1). The polynomial is half of 2^f.
+  const Float<N> shifter = splat<N>(12582912.0f + 128.0f);
   x = x < lowest ? lowest : x;
   const Float<N> shifted = x + shifter;
   const Float<N> f = x - (shifted - shifter);
-  Float<N> p = splat<N>(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return (Float<N>)((Int<N>)p + ((Int<N>)shifted << 23));
+  Float<N> p = splat<N>(1.5403530e-4f / 2);
+  p = p * f + 1.3333558e-3f / 2;
+  p = p * f + 9.6181291e-3f / 2;
+  p = p * f + 5.5504109e-2f / 2;
+  p = p * f + 2.4022651e-1f / 2;
+  p = p * f + 6.9314718e-1f / 2;
+  p = p * f + 1.0f / 2;
+  return p * (Float<N>)((Int<N>)shifted << 23);
 }
 
 // log2 of a normal positive number, by the series of atanh around 1.
