@@ -430,3 +430,107 @@ def test_a_weight_that_is_read_elsewhere_stays() -> None:
 def test_refuses_what_is_no_module() -> None:
     with pytest.raises(TypeError, match="model: expected a module, got dict"):
         fuse({})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stay"),
+    [("xception41p", 29), ("ghostnet_050", 1), ("resnet18", 0), ("mobilenetv3_small_050", 0)],
+)
+def test_features_of_timm(name: str, stay: int) -> None:
+    """Taken by hooks, between a layer and its norm, or by the network itself."""
+    fused = assert_same_features(timm.create_model(name, features_only=True))
+    assert norms(fused) == stay
+    whole = trained(timm.create_model(name))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.eval().forward_intermediates(x)[1]
+        assert_all_close(fuse(whole).forward_intermediates(x)[1], expected, 1e-4)
+
+
+def assert_same_features(model: nn.Module) -> nn.Module:
+    model, x = trained(model).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        fused = fuse(model)
+        assert_all_close(fused(x), expected, 1e-4)
+    return fused
+
+
+class Showing(Block):
+    """Another method returns what is before the norm."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class ShowingByAnother(Block):
+    def features(self, batch):
+        return self._stem(batch)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Around(Block):
+    """Another method, which returns what forward does."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Describing(Block):
+    def widths(self, index: int) -> int:
+        return self.conv.out_channels
+
+
+@pytest.mark.parametrize(
+    ("kind", "stay"), [(Showing, 1), (ShowingByAnother, 1), (Around, 0), (Describing, 0)]
+)
+def test_what_another_method_sees(kind: type[Block], stay: int) -> None:
+    x = torch.randn(2, 4, 5, 6)
+    for model in (kind(), nn.Sequential(kind(), nn.ReLU())):
+        fused = assert_same(trained(model), x)
+        assert norms(fused) == stay
+        if hasattr(model, "features"):
+            torch.testing.assert_close(fused.features(x), model.eval().features(x))
+
+
+class Reaching(nn.Module):
+    """Cannot be traced, and runs or reads what is in its child."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.block, self.way = Block(), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if x.sum() > 1e9:
+            return y
+        inner = self.block
+        if self.way == "call":
+            return y + inner.conv(x)
+        return y * inner.norm.weight.sum() if self.way == "read" else y
+
+
+@pytest.mark.parametrize("way", ["call", "read"])
+def test_a_parent_that_reaches_below_its_child(way: str) -> None:
+    fused = assert_same(trained(Reaching(way)), torch.randn(2, 4, 5, 6))
+    assert norms(fused) == 1
+
+
+def test_a_hook_on_what_holds_the_layer(caplog: pytest.LogCaptureFixture) -> None:
+    seen = []
+    model = nn.Sequential()
+    model.add_module("stem", nn.Sequential(nn.Conv2d(4, 4, 1)))
+    model.add_module("norm", nn.BatchNorm2d(4))
+    model = trained(model)
+    assert norms(fuse(model)) == 0
+    model.stem.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    x = torch.randn(2, 4, 5, 6)
+    with caplog.at_level(logging.INFO, logger="acmix.surgery.fuse"):
+        fused = assert_same(model, x)
+    assert norms(fused) == 1
+    assert "norm stays: a hook of stem may see what is before it" in caplog.text
+    expected, actual = (out for out in seen if isinstance(out, Tensor))
+    torch.testing.assert_close(actual, expected)

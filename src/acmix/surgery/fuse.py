@@ -62,9 +62,10 @@ def fuse(model: nn.Module) -> nn.Module:
     shapes of its own, for inference alone: it loads into a model that was fused the same way.
 
     A batch norm stays where it does not directly follow a layer whose output nothing else reads,
-    where either has hooks or parametrizations or is used twice, and where `torch.fx` cannot trace
-    the `forward` that calls them, for any optional arguments (logged, level INFO). Operators are
-    folded everywhere.
+    where either has hooks or parametrizations or is used twice, where a hook on a module around the
+    layer or a public method other than `forward` may see that output, and where `torch.fx` cannot
+    trace the `forward` that calls them, for any optional arguments (logged, level INFO). To trace
+    is to run the code, its hooks too, on stand-ins for tensors. Operators are folded everywhere.
 
     Args:
         model: of any modules, in training mode or eval mode; it is left as it is.
