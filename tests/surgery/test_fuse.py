@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import warnings
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,6 +13,8 @@ from helpers import TOLERANCE, assert_all_close
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune, spectral_norm
+from torch.nn.utils import weight_norm as hooked_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -534,3 +538,41 @@ def test_a_hook_on_what_holds_the_layer(caplog: pytest.LogCaptureFixture) -> Non
     assert "norm stays: a hook of stem may see what is before it" in caplog.text
     expected, actual = (out for out in seen if isinstance(out, Tensor))
     torch.testing.assert_close(actual, expected)
+
+
+def pruned(layer: nn.Module, name: str) -> nn.Module:
+    return prune.l1_unstructured(layer, name, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: hooked_weight_norm(nn.Conv2d(4, 4, 1)),
+            r"0 \(Conv2d\): expected weight as a parameter",
+        ),
+        (lambda: spectral_norm(nn.Linear(6, 6)), r"0 \(Linear\): expected weight as a parameter"),
+        (lambda: pruned(nn.Conv2d(4, 4, 1), "weight"), "make it permanent by .* or prune.remove"),
+        (lambda: pruned(ACmix2d(4, 4), "qkv_weight"), r"0 \(ACmix2d\): expected qkv_weight as a"),
+        (lambda: nn.LazyConv2d(4, 1), r"0 \(LazyConv2d\): .* of a known shape, got none: run the"),
+        (lambda: nn.LazyBatchNorm2d(), r"0 \(LazyBatchNorm2d\): .* of a known shape, got none"),
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned", "pruned operator", "lazy", "lazy norm"],
+)
+def test_weights_that_are_not_there_yet(make: Callable[[], nn.Module], message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm is deprecated, and in use
+        model = nn.Sequential(make(), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=message):
+        fuse(model)
+
+
+def test_weights_made_permanent() -> None:
+    layer = pruned(nn.Conv2d(4, 4, 1), "weight")
+    prune.remove(layer, "weight")
+    assert (
+        norms(
+            assert_same(trained(nn.Sequential(layer, nn.BatchNorm2d(4))), torch.randn(2, 4, 5, 6))
+        )
+        == 0
+    )

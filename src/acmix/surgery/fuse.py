@@ -17,6 +17,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, get_notrace_functions, get_n
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
@@ -72,9 +73,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: for anything but a module.
+        ValueError: for lazy modules that have not run yet, and for weights that a hook computes
+            (weight_norm, spectral_norm and pruning in torch.nn.utils), which cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    check_parameters(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     watch = Watch(model)
@@ -92,6 +96,21 @@ def fuse(model: nn.Module) -> nn.Module:
                 return fused_operators[module]
             model.set_submodule(name, fused_operators[module])
     return model.eval()
+
+
+def check_parameters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        what = f"model: {name or 'the model'} ({type(module).__name__}): expected"
+        own = [*module._parameters.items(), *module._buffers.items()]
+        for key, tensor in own:
+            if is_lazy(tensor):
+                raise ValueError(f"{what} {key} of a known shape, got none: run the model once")
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ValueError(
+                    f"{what} {key} as a parameter, got it computed by a hook: make it permanent by "
+                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+                )
 
 
 def norms_after_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
