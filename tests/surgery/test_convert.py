@@ -57,7 +57,7 @@ def test_whole_model() -> None:
     model = Net()
     x = torch.randn(2, 3, 9, 7)
     shape = model(x).shape
-    report = convert(model)
+    report = convert(model, "*")
     assert operators(model) == [*report.swapped] == [STEM, FIRST, SECOND]
     assert report.skipped == {
         "stage.0.3": "kernel 1x1, not 3x3",
@@ -116,7 +116,7 @@ REASONS = {
 def test_what_stays_and_why(reason: str) -> None:
     conv = REASONS[reason]()
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), conv)
-    report = convert(model, warm=False)
+    report = convert(model, "*", warm=False)
     assert model[1] is conv
     assert [*report.swapped] == ["0"]
     assert reason in report.skipped["1"]
@@ -137,7 +137,7 @@ def test_same_size(conv: nn.Conv2d) -> None:
     for size in ((9, 7), (8, 6), (1, 1)):
         assert convert(copy.deepcopy(model), warm=False).skipped == {}
         swapped = copy.deepcopy(model)
-        convert(swapped, warm=False)
+        convert(swapped, "*", warm=False)
         assert swapped(torch.randn(2, 8, *size)).shape == conv(torch.randn(2, 8, *size)).shape
 
 
@@ -145,7 +145,7 @@ def test_device_dtype_mode_and_frozen_stay() -> None:
     model = Net().to(torch.bfloat16)
     model.stage.eval()
     model.stem.weight.requires_grad_(False)
-    convert(model)
+    convert(model, "*")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.stem.training
     assert not model.stage[0][0].training
@@ -153,17 +153,17 @@ def test_device_dtype_mode_and_frozen_stay() -> None:
     assert all(p.requires_grad for p in model.stage[0][0].parameters())
 
     meta = Net().to("meta")
-    convert(meta, warm=False)
+    convert(meta, "*", warm=False)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
 
 
 def test_arguments_pass_on() -> None:
     model = Net()
-    convert(model, heads=2, kernel_att=3, kernel_conv=5, mix="convex", shift="fixed")
+    convert(model, "*", heads=2, kernel_att=3, kernel_conv=5, mix="convex", shift="fixed")
     layer = model.stem
     assert (layer.heads, layer.kernel_att, layer.kernel_conv) == (2, 3, 5)
     model = Net()
-    report = convert(model, path="attn", position=False)
+    report = convert(model, "*", path="attn", position=False)
     assert not model.stem.has_convolution
     assert set(report.swapped.values()) == {None}
     assert "starts anew" in str(report)
@@ -185,7 +185,7 @@ def test_warm_start_is_near_what_it_replaces() -> None:
     for warm in (True, False):
         model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False))
         expected = model(x)
-        convert(model, warm=warm)
+        convert(model, "*", warm=warm)
         errors.append(((model(x) - expected).norm() / expected.norm()).item())
     assert errors[0] < 0.7 * errors[1]
 
@@ -215,7 +215,7 @@ def test_window_attention_of_timm() -> None:
 
 def test_attentions_that_stay() -> None:
     model = nn.ModuleDict({"vit": nn.MultiheadAttention(8, 2), "swin": swin(), "net": Net()})
-    report = convert(model, path="attn")
+    report = convert(model, "*", path="attn")
     assert report.skipped["vit"] == "not the attention of a block of timm's Swin"
     assert report.skipped["swin.layers.0.blocks.0.attn"] == "attention already"
     assert [*report.swapped] == [f"net.{name}" for name in (STEM, FIRST, SECOND)]
@@ -230,11 +230,11 @@ def test_attentions_that_stay() -> None:
 def test_converted_parts_are_left_alone() -> None:
     model = timm.create_model("resnet11_tiny_acmix", in_chans=3)
     stem = model.conv1
-    report = convert(model, warm=False)
+    report = convert(model, "*", warm=False)
     assert [*report.swapped] == ["conv1"]
     assert model.conv1 is not stem
     with pytest.raises(ValueError, match="where: expected a 3x3"):
-        convert(model)
+        convert(model, "*")
 
 
 def test_networks_of_torchvision_and_timm() -> None:
@@ -242,7 +242,7 @@ def test_networks_of_torchvision_and_timm() -> None:
     assert len(convert(model, "layer4", warm=False).swapped) == 4
     assert model(torch.randn(2, 3, 65, 33)).shape == (2, 10)
     block = nn.Sequential(Conv2dNormActivation(3, 8), Conv2dNormActivation(8, 8))
-    assert [*convert(block, warm=False).swapped] == ["0.0", "1.0"]
+    assert [*convert(block, "*", warm=False).swapped] == ["0.0", "1.0"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_refused_and_unchanged(where: object, arguments: dict, message: str) -> 
 def test_tied_weights_stay_tied() -> None:
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
     model[1].weight = model[0].weight
-    report = convert(model, warm=False)
+    report = convert(model, "*", warm=False)
     assert [*report.swapped] == ["2"]
     assert report.skipped == dict.fromkeys("01", "a weight that another module has, too")
 
@@ -300,7 +300,7 @@ def test_refused_types() -> None:
 
 
 def test_report_reads_well() -> None:
-    report = convert(Net(), warm=False)
+    report = convert(Net(), "*", warm=False)
     assert str(report).splitlines() == [
         "3 swapped",
         "  stem: starts anew",
@@ -310,3 +310,77 @@ def test_report_reads_well() -> None:
         "  kernel 1x1, not 3x3: stage.0.3, stage.1.3",
         "  5 channels, no multiple of 4 heads: head",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("mobilenetv3_small_050", "conv_stem"), ("regnetx_002", "stem.conv")]
+)
+def test_the_stem_is_swapped_where_it_is_named(name: str, stem: str) -> None:
+    """It sees the image at its full size, and is all that these networks could swap."""
+    model = timm.create_model(name)
+    with pytest.raises(
+        ValueError, match=rf"got {stem} \(the stem, which sees the image at its full"
+    ):
+        convert(model, warm=False)
+    assert stem in convert(model, stem, warm=False).swapped
+
+
+def test_what_is_no_stem() -> None:
+    """A first convolution of features, or one that would not be swapped anyway."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    assert [*convert(model, warm=False).swapped] == ["0"]
+    model = nn.Sequential(nn.Conv2d(3, 8, 7), nn.Conv2d(8, 8, 3, padding=1))
+    assert convert(model, warm=False).skipped == {"0": "kernel 7x7, not 3x3"}
+
+
+class Listed(nn.Module):
+    """Its forward takes the layers from plain containers."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.conv, self.last = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        layers = {"first": self.conv, "more": [(self.last,)]}
+        self.layers = layers if kind is dict else kind([self.conv, [self.last]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layers, dict):
+            return self.layers["more"][0][0](self.layers["first"](x))
+        return self.layers[1][0](self.layers[0](x))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_what_plain_containers_hold_is_swapped_too(kind: type) -> None:
+    model = Listed(kind)
+    assert [*convert(model, warm=False).swapped] == ["conv", "last"]
+    model(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_method_that_is_kept_keeps_its_layer() -> None:
+    model = Net()
+    model.run = model.stage[0][0].forward
+    report = convert(model, "stage", warm=False)
+    assert report.skipped["stage.0.0"] == "a method of it is kept as run"
+    assert [*report.swapped] == ["stage.1.0"]
+
+
+def test_an_attention_without_weights_is_none() -> None:
+    class NoAttention(nn.Identity):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), NoAttention())
+    assert convert(model, warm=False).skipped == {}
+
+
+def test_converting_twice_says_so() -> None:
+    model = Net()
+    convert(model, "stage", warm=False)
+    with pytest.raises(ValueError, match=r"got 'stage.\*.0'; 2 layers are ACmix already"):
+        convert(model, "stage.*.0")
+    with pytest.raises(ValueError, match="; 2 layers are ACmix already"):
+        convert(model, "stage")
+
+
+def test_our_own_swin_converts() -> None:
+    model = timm.create_model("swin_tiny_attn", img_size=56, depths=(1, 1, 1, 1))
+    assert len(convert(model, "layers.0").swapped) == 1

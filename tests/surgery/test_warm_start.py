@@ -440,3 +440,28 @@ def test_types() -> None:
         warm_start("resnet50", {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="source: expected a module or a state dict, got str"):
         warm_start(PatchwiseACmix(8, 8), "weights.pt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnetaa50", r"stride: layer2.0.conv2, expected 2, got 1"),
+        ("resnetblur50", r"stride: layer2.0.conv2, expected 2, got 1"),
+        ("resnet50", r"dilation: layer4.1.conv2, expected 1, got 2"),
+        ("act", "SiLU, not ReLU: act1"),
+        ("eps", "eps: bn1, expected 1e-05, got 0.001"),
+    ],
+)
+def test_another_geometry_is_refused(name: str, message: str) -> None:
+    """No tensor tells it."""
+    arguments: dict[str, object] = {"output_stride": 16} if name == "resnet50" else {}
+    if name == "act":
+        arguments["act_layer"] = nn.SiLU
+    source = timm.create_model(name if name.startswith("resnet") else "resnet50", **arguments)
+    if name == "eps":
+        source.bn1.eps = 1e-3
+    model = timm.create_model("resnet50_acmix")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        warm_start(model, source)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

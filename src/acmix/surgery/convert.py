@@ -17,12 +17,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from acmix.layers import ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix.models import resnet, swin
 from acmix.models._registry import check_kwargs
-from acmix.models.swin import ACmixSwinBlock
+from acmix.models.swin import ACmixSwinBlock, AttentionBlock
 from acmix.ops._checks import check_choice, check_positive
 from acmix.surgery._progress import track
 from acmix.surgery.warm_start import copy_attention, fit_convolution
 
 PATHS = ("acmix", "attn")
+IMAGE_CHANNELS = (1, 3)
+STEM = "the stem, which sees the image at its full size: name it in `where` to swap it"
 OPERATORS = (ACmix2d, PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix)
 
 Wanted = str | nn.Module | Callable[[str, nn.Module], bool]
@@ -77,7 +79,8 @@ def convert(
         model: of any modules; left as it is where an error is raised.
         where: what is meant. A pattern of qualified names as in a shell ("layer3.*.conv2"), a
             module of the model, a predicate of name and module, or several of these. Names and
-            modules mean all that they hold, too. None means the whole model.
+            modules mean all that they hold, too. None means the whole model but its stem, the first
+            convolution where it takes an image.
         path: "acmix", or "attn" for attention alone in place of convolutions.
         warm: whether a layer starts from what it replaces: `warm_start` for one layer. Attention
             alone cannot start from a convolution, nor convolution from an attention.
@@ -106,15 +109,21 @@ def convert(
     # What is exchanged: a convolution, or the block that holds an attention.
     olds = {name: model.get_submodule(target(name, candidates[name])) for name in candidates}
     users = Counter(p for module in model.modules() for p in module._parameters.values())
+    kept = {name: kept_elsewhere(model, old) for name, old in olds.items()}
     reasons = {
-        name: why_not(candidates[name], olds[name], path, heads) or why_not_tied(olds[name], users)
-        for name in choose(candidates, where)
+        name: why_not(candidates[name], olds[name], path, heads)
+        or why_not_tied(olds[name], users)
+        or kept[name]
+        for name in choose(model, candidates, where)
     }
+    if where is None:
+        reasons.update({name: STEM for name in stem_of(candidates) if reasons[name] is None})
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     names = [name for name in reasons if name not in skipped]
     if not names:
         some = (f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
         got = ", ".join(some) or "a model without any convolution or attention"
+        got += already(model)
         raise ValueError(f"where: expected a 3x3 convolution or a window attention, got {got}")
 
     known = dict.fromkeys(key for name in names for key in arguments_of(olds[name], path))
@@ -130,6 +139,7 @@ def convert(
         if old in made:
             new, swapped[name] = made[old]
             model.set_submodule(target(name, candidates[name]), new)
+    exchange_in_containers(model, {old: new for old, (new, _) in made.items()})
     return Conversion(swapped, skipped)
 
 
@@ -137,14 +147,34 @@ def find_candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn
     """Convolutions and attentions by name, but for those within ACmix operators."""
     if isinstance(module, OPERATORS):
         return
-    if isinstance(module, nn.Conv2d) or "Attention" in type(module).__name__:
+    attends = "Attention" in type(module).__name__ and any(True for _ in module.parameters())
+    if isinstance(module, nn.Conv2d) or attends:
         yield name, module
     for child_name, child in module._modules.items():  # a child of two names twice
         if child is not None:
             yield from find_candidates(child, f"{name}.{child_name}" if name else child_name)
 
 
+def stem_of(candidates: Mapping[str, nn.Module]) -> list[str]:
+    """The first convolution, where it takes an image."""
+    first = next(((n, m) for n, m in candidates.items() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first[1].in_channels not in IMAGE_CHANNELS:
+        return []
+    return [first[0]]
+
+
+def already(model: nn.Module, wanted: Wanted = "*") -> str:
+    """Said of a model that was converted before."""
+    done = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, OPERATORS) and means(wanted, name, module)
+    ]
+    return f"; {len(done)} layers are ACmix already" if done else ""
+
+
 def choose(
+    model: nn.Module,
     candidates: Mapping[str, nn.Module],
     where: Wanted | Iterable[Wanted] | None,
 ) -> list[str]:
@@ -160,7 +190,7 @@ def choose(
     for wanted in each:
         found = {name for name, module in candidates.items() if means(wanted, name, module)}
         if not found:
-            raise ValueError(nothing_found(candidates, wanted))
+            raise ValueError(nothing_found(candidates, wanted) + already(model, wanted))
         chosen |= found
     return [name for name in candidates if name in chosen]
 
@@ -197,7 +227,7 @@ def why_not(module: Any, block: Any, path: str, heads: int) -> str | None:
     """Why a convolution, or an attention in its block, cannot be swapped."""
     if isinstance(module, nn.Conv2d):
         return why_not_convolution(module, heads)
-    if type(block) is not SwinTransformerBlock or block.attn is not module:
+    if type(block) not in (SwinTransformerBlock, AttentionBlock) or block.attn is not module:
         return "not the attention of a block of timm's Swin"
     if path == "attn":
         return "attention already"
@@ -237,6 +267,40 @@ def why_not_tied(module: nn.Module, users: Mapping[nn.Parameter | None, int]) ->
 def arguments_of(old: nn.Module, path: str) -> tuple[str, ...]:
     """Names of the arguments of the operator that takes its place."""
     return resnet.ACMIX_KWARGS[path] if isinstance(old, nn.Conv2d) else swin.ACMIX_KWARGS
+
+
+def kept_elsewhere(model: nn.Module, old: nn.Module) -> str | None:
+    """Why an exchange would leave the old module in use: an attribute has a method of it."""
+    for name, module in model.named_modules():
+        for key, value in plain_attributes(module):
+            if getattr(value, "__self__", None) is old:
+                return f"a method of it is kept as {f'{name}.{key}' if name else key}"
+    return None
+
+
+def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """What a module has beside its parameters, buffers, hooks and children."""
+    of_torch = vars(nn.Module())
+    return [(key, value) for key, value in vars(module).items() if key not in of_torch]
+
+
+def exchange_in_containers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """What is registered may stand in a plain list as well, from which `forward` takes it."""
+
+    def exchanged(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return new.get(value, value)
+        if isinstance(value, list):
+            value[:] = map(exchanged, value)
+        elif isinstance(value, dict):
+            value.update({key: exchanged(item) for key, item in value.items()})
+        elif type(value) is tuple:
+            return tuple(map(exchanged, value))
+        return value
+
+    for module in model.modules():
+        for key, value in plain_attributes(module):
+            vars(module)[key] = exchanged(value)
 
 
 def why_not_plain(module: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models._features import FeatureDictNet, FeatureGetterNet
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from acmix.layers import ACmix2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix.layers.mix import ConvexMix, FixedMix, LearnedMix
@@ -137,6 +138,7 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
         *problems_of_tensors(weights, state, own, head_name(network)),
         *(p for name in kernels for p in problems_of_kernel(name, operators[name], *kernels[name])),
         *(p for name, operator in attentions.items() for p in problems_of_mix(name, operator)),
+        *(problems_of_geometry(network, source) if isinstance(source, nn.Module) else ()),
     ]
     if problems:
         lines = "\n  ".join(problems)
@@ -322,6 +324,37 @@ def problems_of_kernel(name: str, layer: Any, weight: Any, bias: Any) -> Iterato
 def problems_of_mix(name: str, operator: Any) -> Iterator[str]:
     if operator.mix.weights()[0] is None:
         yield f"no attention in the model: {name or 'the operator'}"
+
+
+def problems_of_geometry(model: nn.Module, source: nn.Module) -> Iterator[str]:
+    """What a network's modules do otherwise than the source's of their names, and no tensor tells:
+    pools that smooth, strides elsewhere, dilated stages, other activations and epsilons."""
+    ours = dict(model.named_modules())
+    for name, theirs in source.named_modules():
+        own = ours.get(name)
+        # What is left out, in training or of a feature extractor, is an Identity.
+        if own is None or own is model or nn.Identity in (type(own), type(theirs)):
+            continue
+        if isinstance(theirs, nn.Conv2d) and isinstance(own, (nn.Conv2d, ACmix2d)):
+            keys: tuple[str, ...] = ("stride", "dilation")
+            if isinstance(own, nn.Conv2d):
+                keys += ("padding", "groups", "padding_mode")
+        elif isinstance(theirs, (_NormBase, nn.LayerNorm)):
+            keys = ("eps",)
+        elif not [*theirs.parameters(), *own.parameters()] and type(theirs) is not type(own):
+            yield f"{type(theirs).__name__}, not {type(own).__name__}: {name}"
+            continue
+        else:
+            continue
+        for key in keys:
+            expected, got = (side(getattr(module, key, None)) for module in (own, theirs))
+            if expected != got:
+                yield f"{key}: {name}, expected {expected}, got {got}"
+
+
+def side(value: Any) -> Any:
+    """A size that is the same for both sides as a number."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def check_geometry(layer: ACmix2d, conv: nn.Conv2d) -> None:
