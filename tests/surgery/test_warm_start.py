@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import TOLERANCE
+from helpers import TOLERANCE, assert_all_close
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from acmix.models.pvt import ACmixPVT, resize_position
 from acmix.models.resnet import ACmixResNet
 from acmix.models.san import ACmixSAN
 from acmix.models.swin import ACmixSwin
+from acmix.surgery.fuse import fuse
 from acmix.surgery.warm_start import ALPHA, copy_attention, fit_convolution, warm_start
 
 SWIN: dict[str, Any] = {
@@ -63,6 +64,10 @@ def scatter(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def swin_that_pads_first(acmix_kwargs: dict | None = None, **kw: object) -> nn.Module:
+    return ACmixSwin(**SWIN, acmix_kwargs={"pad_first": True, **(acmix_kwargs or {})}, **kw)
+
+
 def torchvision_swin() -> nn.Module:
     window = [SWIN["window_size"]] * 2
     widths = SWIN["embed_dim"], list(SWIN["depths"]), list(SWIN["num_heads"])
@@ -84,7 +89,7 @@ def release(network: nn.Module) -> dict[str, Any]:
 
 PAIRS: dict[str, Any] = {
     "swin_timm": (lambda: SwinTransformer(**SWIN), lambda **kw: ACmixSwin(**SWIN, **kw)),
-    "swin_torchvision": (torchvision_swin, lambda **kw: ACmixSwin(**SWIN, **kw)),
+    "swin_torchvision": (torchvision_swin, swin_that_pads_first),
     "pvt": (lambda: ACmixPVT(**PVT, path="attn"), lambda **kw: ACmixPVT(**PVT, **kw)),
     "san": (lambda: ACmixSAN(**SAN, path="attn"), lambda **kw: ACmixSAN(**SAN, **kw)),
     "resnet_attn": (
@@ -465,3 +470,29 @@ def test_another_geometry_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         warm_start(model, source)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(224, 224), (168, 168), (64, 100), (28, 28), (448, 32)], ids=str)
+def test_swin_of_torchvision_at_any_size(size: tuple[int, int]) -> None:
+    """It pads before it shifts, and shifts where a map is larger than the window."""
+    source = TorchvisionSwin([4, 4], 16, [2, 2, 2], [1, 2, 4], [7, 7]).eval()
+    model = ACmixSwin(
+        img_size=224,
+        embed_dim=16,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        acmix_kwargs={"pad_first": True},
+    ).eval()
+    for table in (p for n, p in source.named_parameters() if n.endswith("bias_table")):
+        nn.init.normal_(table)
+    warm_start(model, source)
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        assert_all_close([model(x)], [source(x)], 1e-4)
+        assert_all_close([fuse(model)(x)], [source(x)], 1e-4)
+
+
+def test_swin_of_torchvision_for_one_that_rolls_first() -> None:
+    for path in ("acmix", "attn"):
+        with pytest.raises(ValueError, match=r"pads maps before it shifts .*'pad_first': True"):
+            warm_start(ACmixSwin(**SWIN, path=path), torchvision_swin())

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers import ACmix2d
@@ -20,7 +19,7 @@ from acmix.layers._sizes import crop
 from acmix.layers.mix import FixedMix
 from acmix.layers.patchwise import PatchwiseACmix
 from acmix.layers.reduced import ReducedACmix
-from acmix.layers.window import WindowACmix
+from acmix.layers.window import WindowACmix, roll
 from acmix.ops.acmix._plan import Sizes, project_pieces, split
 from acmix.ops.partition_attention import reference as partition_attention
 from acmix.ops.window_attention import reference as window_attention
@@ -124,19 +123,25 @@ def _windowed(layer: ACmix2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _partitioned(layer: WindowACmix, x: Tensor) -> tuple[Tensor, Tensor]:
-    (height, width), (rows, columns) = x.shape[1:3], layer.window_size
-    down, across = layer._counts(x)
-    padding = (0, across * columns - width, 0, down * rows - height)
+    size, shift = (x.shape[1], x.shape[2]), layer._shift(x)
+
+    def padded(x: Tensor) -> Tensor:
+        """Rolled and padded, in the layer's order."""
+        if layer.pad_first:
+            return roll(layer._pad(x), shift, -1)
+        return layer._pad(roll(x, shift, -1))
 
     def pieces(x: Tensor) -> Tensor:
         return layer.qkv(x).unflatten(-1, (3 * layer.heads, -1)).permute(0, 3, 4, 1, 2)
 
     v = _leaf(pieces(x).chunk(3, 1)[2])
-    q, k, _ = pieces(F.pad(layer._roll(x, -1), (0, 0, *padding))).chunk(3, 1)
-    shift, back = layer.shift_size, tuple(-side for side in layer.shift_size)
-    rolled = torch.cat([q, k, F.pad(torch.roll(v, back, (3, 4)), padding)], 1)
+    q, k, _ = pieces(padded(x)).chunk(3, 1)
+    values = padded(v.flatten(1, 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    rolled = torch.cat([q, k, values.unflatten(1, v.shape[1:3])], 1)
     out = partition_attention.forward(rolled, layer._position_bias(), layer.window_size, shift)
-    return v, torch.roll(crop(out, (height, width), dim=3), shift, (3, 4))
+    if layer.pad_first:
+        return v, crop(torch.roll(out, shift, (3, 4)), size, dim=3)
+    return v, torch.roll(crop(out, size, dim=3), shift, (3, 4))
 
 
 def _reduced(layer: ReducedACmix, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,8 @@ class WindowACmix(ConvolutionPath):
             columns); less than the window.
         kernel_conv: side of the convolution kernel in tokens, odd.
         mix, shift, shift_init: as in `ACmix2d`.
+        pad_first: whether a map is padded before it is rolled, and not rolled along a side that one
+            window covers, as in torchvision's Swin. timm and Swin's release roll first.
         roll_convolution: whether the convolution runs on the rolled map too, where opposite borders
             touch: what released checkpoints were trained with. False runs it on the map itself.
         qkv_bias: whether the projections have biases.
@@ -59,6 +61,7 @@ class WindowACmix(ConvolutionPath):
         shift: str = "learned",
         shift_init: str = "shift",
         roll_convolution: bool = True,
+        pad_first: bool = False,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -75,6 +78,7 @@ class WindowACmix(ConvolutionPath):
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.window_size, self.shift_size = check_windows(window_size, shift_size)
         self.kernel_conv, self.roll_convolution = kernel_conv, roll_convolution
+        self.pad_first = pad_first
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -111,43 +115,56 @@ class WindowACmix(ConvolutionPath):
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
         check_kind(self, x)
-        rolled = self._roll(x, -1)
+        shift = self._shift(x)
+        rolled = roll(x, shift, -1)
         if self.proj is None:
             on = rolled if self.roll_convolution else x
             out = self._path(on, self.qkv(on))
-            return self.proj_drop(self._roll(out, 1) if self.roll_convolution else out)
-        down, across = self._counts(x)
-        height, width = x.shape[1:3]
-        below = down * self.window_size[0] - height
-        right = across * self.window_size[1] - width
-        qkv = self.qkv(F.pad(rolled, (0, 0, 0, right, 0, below)))
-        attention = self.proj(self._attention(qkv))
-        out = weigh(self.mix.weights()[0], crop(attention, (height, width), dim=1))
-        qkv = crop(qkv, (height, width), dim=1)
-        if not self.has_convolution:
-            out = self._roll(out, 1)
-        elif self.roll_convolution:
-            out = self._roll(out + self._path(rolled, qkv), 1)
+            return self.proj_drop(roll(out, shift, 1) if self.roll_convolution else out)
+        size = x.shape[1], x.shape[2]
+        if self.pad_first:
+            qkv = self.qkv(self._pad(x))
+            attention = self.proj(self._attention(roll(qkv, shift, -1), shift))
+            attention = roll(crop(roll(attention, shift, 1), size, dim=1), shift, -1)
+            qkv = roll(crop(qkv, size, dim=1), shift, -1)
         else:
-            out = self._roll(out, 1) + self._path(x, self._roll(qkv, 1))
+            qkv = self.qkv(self._pad(rolled))
+            attention = crop(self.proj(self._attention(qkv, shift)), size, dim=1)
+            qkv = crop(qkv, size, dim=1)
+        out = weigh(self.mix.weights()[0], attention)
+        if not self.has_convolution:
+            out = roll(out, shift, 1)
+        elif self.roll_convolution:
+            out = roll(out + self._path(rolled, qkv), shift, 1)
+        else:
+            out = roll(out, shift, 1) + self._path(x, roll(qkv, shift, 1))
         return self.proj_drop(out)
 
-    def _roll(self, x: Tensor, sign: int) -> Tensor:
-        if not any(self.shift_size):
-            return x
-        rows, columns = self.shift_size
-        return torch.roll(x, (sign * rows, sign * columns), (1, 2))
+    def _shift(self, x: Tensor) -> tuple[int, int]:
+        """How far a map (B, H, W, dim) is rolled."""
+        if not self.pad_first:
+            return self.shift_size
+        rows, columns = (
+            shift if count > 1 else 0
+            for shift, count in zip(self.shift_size, self._counts(x), strict=True)
+        )
+        return rows, columns
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) with zeros at its end, up to whole windows."""
+        (rows, columns), (down, across) = self.window_size, self._counts(x)
+        return F.pad(x, (0, 0, 0, across * columns - x.shape[2], 0, down * rows - x.shape[1]))
 
     def _counts(self, x: Tensor) -> tuple[int, int]:
         """How many windows cover a map (B, H, W, dim), along each side."""
         (height, width), (rows, columns) = x.shape[1:3], self.window_size
         return (height + rows - 1) // rows, (width + columns - 1) // columns
 
-    def _attention(self, qkv: Tensor) -> Tensor:
+    def _attention(self, qkv: Tensor, shift: tuple[int, int]) -> Tensor:
         """Attention within each window of a map that they divide: (B, H, W, 3 dim) -> (B, H, W,
         dim)."""
         pieces = qkv.unflatten(-1, (3 * self.heads, self.head_dim)).permute(0, 3, 4, 1, 2)
-        windows = (self._position_bias(), self.window_size, self.shift_size)
+        windows = (self._position_bias(), self.window_size, shift)
         if self.training and self.attn_drop > 0:
             out = tiled.forward(pieces, *windows, dropout=self.attn_drop)
         else:
@@ -207,8 +224,15 @@ class WindowACmix(ConvolutionPath):
         return (
             f"{self.dim}, heads={self.heads}, window_size={self.window_size}, "
             f"shift_size={self.shift_size}, kernel_conv={self.kernel_conv}, "
-            f"roll_convolution={self.roll_convolution}"
+            f"roll_convolution={self.roll_convolution}, pad_first={self.pad_first}"
         )
+
+
+def roll(x: Tensor, shift: tuple[int, int], sign: int) -> Tensor:
+    """A map (B, H, W, dim) rolled by rows and columns, backwards where the sign is negative."""
+    if not any(shift):
+        return x
+    return torch.roll(x, (sign * shift[0], sign * shift[1]), (1, 2))
 
 
 def check_windows(

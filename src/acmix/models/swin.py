@@ -28,6 +28,7 @@ from acmix.ops._checks import check_choice
 
 PATHS = ("attn", "acmix")
 ACMIX_KWARGS = ("kernel_conv", "mix", "shift", "shift_init", "roll_convolution")
+NETWORK_KWARGS = (*ACMIX_KWARGS, "pad_first")  # a block of timm's does not pad first
 
 
 @register_notrace_module
@@ -38,7 +39,9 @@ class AttentionBlock(SwinTransformerBlock):
 class ACmixSwinBlock(nn.Module):
     """timm's Swin block around `WindowACmix`, made from a block of timm's."""
 
-    def __init__(self, block: SwinTransformerBlock, **acmix_kwargs: Any) -> None:
+    def __init__(
+        self, block: SwinTransformerBlock, pad_first: bool = False, **acmix_kwargs: Any
+    ) -> None:
         super().__init__()
         attention = block.attn
         if attention.proj.in_features != block.dim:
@@ -53,7 +56,8 @@ class ACmixSwinBlock(nn.Module):
             block.dim,
             heads=attention.num_heads,
             window_size=block.window_size,
-            shift_size=block.shift_size,
+            shift_size=block.target_shift_size if pad_first else block.shift_size,
+            pad_first=pad_first,
             qkv_bias=attention.qkv.bias is not None,
             attn_drop=attention.attn_drop.p,
             proj_drop=attention.proj_drop.p,
@@ -78,10 +82,11 @@ class ACmixSwinBlock(nn.Module):
         """As timm's: a window is no larger than the map, and one as large is not shifted."""
         if always_partition is not None:
             self.always_partition = always_partition
+        always = self.always_partition or self.attn.pad_first
         if not self.always_partition:
             window_size = (min(feat_size[0], window_size[0]), min(feat_size[1], window_size[1]))
         rows, columns = (
-            window // 2 if self.shifted and (self.always_partition or size > window) else 0
+            window // 2 if self.shifted and (always or size > window) else 0
             for size, window in zip(feat_size, window_size, strict=True)
         )
         self.attn.set_window_size(window_size, (rows, columns))
@@ -95,7 +100,7 @@ class ACmixSwin(SwinTransformer):
     Args:
         path: "attn" (timm's Swin) or "acmix".
         acmix_kwargs: arguments of `WindowACmix` for every operator, of kernel_conv, mix, shift,
-            shift_init and roll_convolution; its own defaults for the rest.
+            shift_init, roll_convolution and pad_first; its own defaults for the rest.
         strict_img_size: whether to refuse images that are not of `img_size`.
         kwargs: as timm's `SwinTransformer` takes them. `img_size` is what a window larger than the
             map is reduced for.
@@ -114,7 +119,7 @@ class ACmixSwin(SwinTransformer):
         **kwargs: Any,
     ) -> None:
         check_choice("path", path, PATHS)
-        check_kwargs("acmix_kwargs", acmix_kwargs or {}, ACMIX_KWARGS if path == "acmix" else ())
+        check_kwargs("acmix_kwargs", acmix_kwargs or {}, NETWORK_KWARGS if path == "acmix" else ())
         kwargs.setdefault("embed_layer", PatchEmbed if strict_img_size else PaddedPatchEmbed)
         super().__init__(strict_img_size=strict_img_size, **kwargs)
         self.path = path

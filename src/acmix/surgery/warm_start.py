@@ -116,7 +116,9 @@ def warm_start(model: nn.Module, source: nn.Module | Mapping[str, Any]) -> WarmS
             "source: expected a network without convolution paths, got weights of the released "
             "ACmix, which acmix.models.checkpoints.from_released takes"
         )
-    weights = our_names(checkpoints.unwrap(given), network)
+    unwrapped = checkpoints.unwrap(given)
+    check_padding(unwrapped, network)
+    weights = our_names(unwrapped, network)
     left = take_out_what_is_not_there(weights, network) if extractor else ()
     weights = at_sizes(weights, network, getattr(source, "grid_sizes", None))
     operators = {name: m for name, m in network.named_modules() if isinstance(m, OPERATORS)}
@@ -186,6 +188,20 @@ def copy_attention(layer: WindowACmix, attention: WindowAttention) -> None:
         ValueError: where the two do not fit, and the layer has no attention.
     """
     warm_start(layer, attention)
+
+
+def check_padding(weights: Mapping[str, Any], model: nn.Module) -> None:
+    """torchvision's Swin pads a map before it shifts its windows, timm's afterwards, which is the
+    same on maps of whole windows alone; and the map that it is run on decides its shifts."""
+    if "features.1.0.attn.relative_position_bias_table" not in weights:
+        return
+    attentions = [m for m in model.modules() if isinstance(m, (WindowACmix, WindowAttention))]
+    if all(getattr(attention, "pad_first", False) for attention in attentions):
+        return
+    raise ValueError(
+        "source: torchvision's Swin pads maps before it shifts windows: expected a swin_*_acmix "
+        "made with acmix_kwargs={'pad_first': True}, got one that shifts first, as timm's does"
+    )
 
 
 def our_names(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
