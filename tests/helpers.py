@@ -95,6 +95,12 @@ def run_script(script: str, **environment: str) -> str:
     return done.stdout
 
 
+def shapes(text: str) -> list[Shape]:
+    """Of "H W window stride dilation, ...": tables of them are read more easily so."""
+    read = (tuple(map(int, shape.split())) for shape in text.split(","))
+    return [(h, w, window, stride, dilation) for h, w, window, stride, dilation in read]
+
+
 def each_shape(shapes: Sequence[Shape]) -> pytest.MarkDecorator:
     """A test for each shape, named by it."""
     return pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close, outputs_and_gradients
+from helpers import TOLERANCE, Shape, assert_all_close, outputs_and_gradients, shapes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,21 +21,10 @@ needs_kernel = pytest.mark.skipif(_native.reason() is not None, reason=str(_nati
 OPERATOR = torch.ops.acmix.stage2
 
 # (H, W, window, stride, dilation)
-GRID = [
-    (1, 1, 7, 1, 1),
-    (1, 9, 7, 2, 1),
-    (12, 1, 3, 1, 3),
-    (2, 3, 13, 1, 1),
-    (5, 3, 9, 3, 2),
-    (7, 7, 7, 1, 1),
-    (14, 14, 7, 1, 1),
-    (14, 15, 7, 2, 1),
-    (13, 17, 5, 3, 1),
-    (9, 70, 7, 1, 1),
-    (9, 70, 5, 2, 3),
-    (11, 25, 3, 1, 3),
-]
-Shape = tuple[int, int, int, int, int]
+GRID = shapes(
+    "1 1 7 1 1, 1 9 7 2 1, 12 1 3 1 3, 2 3 13 1 1, 5 3 9 3 2, 7 7 7 1 1, 14 14 7 1 1, "
+    "14 15 7 2 1, 13 17 5 3 1, 9 70 7 1 1, 9 70 5 2 3, 11 25 3 1 3"
+)
 LAYOUTS = {"nchw": (0, 2, 1, 3, 4), "channels_last": (0, 3, 4, 2, 1), "pieces": (0, 1, 2, 3, 4)}
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCE, assert_all_close
+from helpers import TOLERANCE, Shape, assert_all_close, shapes
 from torch import Tensor
 
 from acmix.ops import _native, shift_convolution
@@ -32,15 +32,7 @@ VALUES += [(math.nan, -math.inf), (ODD_NAN,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float16]
 
 # (H, W, window, stride, dilation)
-SHAPES = [
-    (5, 7, 3, 1, 1),
-    (9, 7, 5, 2, 1),
-    (7, 9, 3, 2, 2),
-    (2, 3, 7, 1, 1),
-    (1, 9, 3, 1, 1),
-    (13, 19, 3, 1, 2),
-]
-Shape = tuple[int, int, int, int, int]
+SHAPES = shapes("5 7 3 1 1, 9 7 5 2 1, 7 9 3 2 2, 2 3 7 1 1, 1 9 3 1 1, 13 19 3 1 2")
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_all_close
+from helpers import TOLERANCE, assert_all_close, shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -79,24 +79,11 @@ def output_like(inputs: list[Tensor]) -> Tensor:
 
 # (H, W, window, stride, dilation): past the map and the period of reflection, on the period, with
 # factors that stride and dilation share, windows far apart, windows larger than the map.
-FAR = [
-    (9, 12, 3, 1, 1000),
-    (9, 12, 7, 2, 999),
-    (5, 9, 3, 1, 8),
-    (5, 9, 3, 2, 16),
-    (1, 7, 5, 1, 40),
-    (7, 1, 3, 3, 2**31 - 1),
-    (13, 12, 5, 6, 4),
-    (12, 11, 3, 10, 15),
-    (20, 23, 3, 7, 7),
-    (40, 31, 3, 30, 1),
-    (17, 19, 1, 1, 1),
-    (33, 30, 5, 4, 1),
-    (3, 4, 41, 1, 1),
-    (4, 7, 41, 2, 3),
-    (1, 1, 21, 1, 5),
-    (19, 5, 25, 1, 2),
-]
+FAR = shapes(
+    "9 12 3 1 1000, 9 12 7 2 999, 5 9 3 1 8, 5 9 3 2 16, 1 7 5 1 40, 7 1 3 3 2147483647, "
+    "13 12 5 6 4, 12 11 3 10 15, 20 23 3 7 7, 40 31 3 30 1, 17 19 1 1 1, 33 30 5 4 1, "
+    "3 4 41 1 1, 4 7 41 2 3, 1 1 21 1 5, 19 5 25 1 2"
+)
 
 
 @OPERATORS
@@ -154,14 +141,7 @@ def test_memory_of_gradients_does_not_grow_with_the_heads(monkeypatch: pytest.Mo
 
 
 # Maps of every kind: odd, with stride and dilation, smaller than the window, larger than a tile.
-SHAPES = [
-    (9, 11, 3, 1, 1),
-    (9, 11, 3, 2, 1),
-    (10, 9, 3, 1, 2),
-    (11, 10, 5, 2, 3),
-    (3, 2, 7, 1, 1),
-    (17, 18, 3, 1, 1),
-]
+SHAPES = shapes("9 11 3 1 1, 9 11 3 2 1, 10 9 3 1 2, 11 10 5 2 3, 3 2 7 1 1, 17 18 3 1 1")
 VALUES = {"nan": (NAN,), "inf": (INF,), "-inf": (-INF,), "inf, -inf": (INF, -INF)}
 
 

@@ -13,6 +13,7 @@ from helpers import (
     attention_inputs,
     each_shape,
     outputs_and_gradients,
+    shapes,
 )
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -25,19 +26,10 @@ HERE = [name for name, reason in backends().items() if reason is None]
 FAST = [name for name in HERE if name != "reference"]
 
 # (H, W, window, stride, dilation): odd, tiny, no multiple of a tile, smaller than the window.
-SHAPES = [
-    (7, 9, 7, 1, 1),
-    (1, 1, 7, 1, 1),
-    (1, 6, 5, 1, 1),
-    (5, 1, 3, 2, 1),
-    (2, 2, 13, 1, 1),
-    (9, 13, 3, 2, 1),
-    (10, 8, 7, 3, 1),
-    (11, 12, 5, 1, 2),
-    (6, 19, 3, 2, 3),
-    (4, 3, 5, 2, 4),
-    (17, 16, 1, 1, 1),
-]
+SHAPES = shapes(
+    "7 9 7 1 1, 1 1 7 1 1, 1 6 5 1 1, 5 1 3 2 1, 2 2 13 1 1, 9 13 3 2 1, 10 8 7 3 1, "
+    "11 12 5 1 2, 6 19 3 2 3, 4 3 5 2 4, 17 16 1 1 1"
+)
 GRID = each_shape(SHAPES)
 
 

@@ -40,56 +40,22 @@ class _Tensor(ctypes.Structure):
     )
 
 
+def _numbers(names: str) -> tuple[tuple[str, type[ctypes.c_int64]], ...]:
+    return tuple((name, ctypes.c_int64) for name in names.split())
+
+
 class _Problem(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "batch",
-            "heads",
-            "channels",
-            "height",
-            "width",
-            "window",
-            "stride",
-            "dilation",
-        )
-    )
+    _fields_ = _numbers("batch heads channels height width window stride dilation")
 
 
 class _ShiftProblem(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "batch",
-            "groups",
-            "pieces",
-            "inputs",
-            "outputs",
-            "height",
-            "width",
-            "window",
-            "stride",
-            "dilation",
-            "accumulate",
-        )
+    _fields_ = _numbers(
+        "batch groups pieces inputs outputs height width window stride dilation accumulate"
     )
 
 
 class _PartitionProblem(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "batch",
-            "heads",
-            "channels",
-            "height",
-            "width",
-            "rows",
-            "columns",
-            "row_shift",
-            "column_shift",
-        )
-    )
+    _fields_ = _numbers("batch heads channels height width rows columns row_shift column_shift")
 
 
 @torch.compiler.assume_constant_result

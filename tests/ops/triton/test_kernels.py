@@ -22,6 +22,7 @@ from helpers import (
     attention,
     each_shape,
     outputs_and_gradients,
+    shapes,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,39 +55,15 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIZES = 3, 1, 1  # window, stride, dilation
-SMALL: list[Shape] = [
-    (1, 1, 1, 1, 1),
-    (1, 1, 7, 2, 3),
-    (1, 9, 7, 1, 1),
-    (12, 1, 13, 2, 2),
-    (2, 2, 13, 3, 3),
-    (3, 5, 5, 2, 1),
-    (5, 3, 9, 3, 2),
-    (7, 7, 7, 1, 1),
-    (7, 8, 11, 1, 2),
-    (6, 5, 3, 1, 999),
-    (13, 17, 5, 3, 1),
-    (12, 17, 3, 1, 2),
-    (5, 26, 3, 1, 1),
-    (14, 15, 7, 2, 1),
-]
-LARGE: list[Shape] = [
-    (56, 56, 7, 1, 1),
-    (28, 28, 7, 2, 1),
-    (14, 14, 7, 1, 1),
-    (40, 9, 3, 3, 1),
-    (9, 70, 7, 2, 1),
-    (30, 41, 13, 1, 1),
-    (33, 50, 5, 2, 3),
-]
-AGGREGATION: list[Shape] = [
-    (1, 1, 3, 2, 1),
-    (1, 6, 5, 1, 1),
-    (2, 3, 3, 1, 2),
-    (5, 6, 3, 1, 1),
-    (6, 9, 3, 2, 1),
-    (5, 8, 3, 1, 2),
-]
+SMALL = shapes(
+    "1 1 1 1 1, 1 1 7 2 3, 1 9 7 1 1, 12 1 13 2 2, 2 2 13 3 3, 3 5 5 2 1, 5 3 9 3 2, "
+    "7 7 7 1 1, 7 8 11 1 2, 6 5 3 1 999, 13 17 5 3 1, 12 17 3 1 2, 5 26 3 1 1, "
+    "14 15 7 2 1"
+)
+LARGE = shapes(
+    "56 56 7 1 1, 28 28 7 2 1, 14 14 7 1 1, 40 9 3 3 1, 9 70 7 2 1, 30 41 13 1 1, 33 50 5 2 3"
+)
+AGGREGATION = shapes("1 1 3 2 1, 1 6 5 1 1, 2 3 3 1 2, 5 6 3 1 1, 6 9 3 2 1, 5 8 3 1 2")
 
 
 def sizes(shapes: list[Shape]) -> pytest.MarkDecorator:

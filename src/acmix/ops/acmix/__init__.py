@@ -11,7 +11,7 @@ from acmix.ops import _checks, _flops
 from acmix.ops._autocast import check_kinds
 from acmix.ops._dispatch import choose
 from acmix.ops._windows import output_size
-from acmix.ops.acmix import native, reference, tiled, triton
+from acmix.ops.acmix import _plan, native, reference, tiled, triton
 from acmix.ops.acmix._plan import Folded, Sizes, Weights
 
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native, "triton": triton}
@@ -73,13 +73,13 @@ def acmix(
     implementation = _choose(backend, batch, weights, sizes)
     if _flops.is_counted():
         out = _flops.counted(
-            lambda x, *weights: implementation.forward(x, Weights(*weights), sizes),
+            lambda x, *weights: _plan.forward(implementation, x, Weights(*weights), sizes),
             *_operations(batch, weights, sizes),
             batch,
             *weights,
         )
     else:
-        out = implementation.forward(batch, weights, sizes)
+        out = _plan.forward(implementation, batch, weights, sizes)
     return out if x.dim() == 4 else out[0]
 
 
@@ -110,9 +110,9 @@ def folded_acmix(x: Tensor, weights: Folded, sizes: Sizes, backend: str = "auto"
 
 def fold(weights: Weights, sizes: Sizes, backend: str, like: Tensor) -> Folded:
     """The weights as `folded_acmix` takes them, in the form for the device that holds `like`."""
-    if backend == "auto":
-        return _choose(backend, like, weights, sizes).fold(like, weights, sizes)
-    return IMPLEMENTATIONS[backend].fold(like, weights, sizes)  # whether it can run, x tells
+    # Whether a backend that is named can run, x tells.
+    plan = IMPLEMENTATIONS.get(backend) or _choose(backend, like, weights, sizes)
+    return _plan.fold(weights, sizes, plan.convolution.dense(like))
 
 
 def _choose(backend: str, x: Tensor, weights: Weights | Folded, sizes: Sizes) -> ModuleType:

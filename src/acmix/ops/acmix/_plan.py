@@ -7,6 +7,7 @@ convolution; attention then has projections of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ class Folded(NamedTuple):
     @property
     def has_pieces(self) -> bool:
         return self.path is not None and not self.path.dense
+
+
+def forward(plan: ModuleType, x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
+    """By a backend's plan, or by its own `forward`."""
+    if hasattr(plan, "forward"):
+        return plan.forward(x, weights, sizes)
+    return plan.run(x, fold(weights, sizes, plan.convolution.dense(x)), sizes)
 
 
 def fold(weights: Weights, sizes: Sizes, dense: bool) -> Folded:
@@ -147,19 +155,9 @@ def project_for_attention(
 def mixed(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A backend's attention, and its mix with the other path in a pass of its own."""
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor | None,
-        window: int,
-        stride: int,
-        dilation: int,
-        path: Tensor | None,
-        alpha: Tensor | float,
-        bias: Tensor | None,
-    ) -> Tensor:
-        out = attention(q, k, v, position, window, stride, dilation).flatten(1, 2)
+    def attend(*inputs: Any) -> Tensor:
+        *qkv_and_sizes, path, alpha, bias = inputs
+        out = attention(*qkv_and_sizes).flatten(1, 2)
         if isinstance(alpha, Tensor):
             alpha = alpha.to(out.dtype)
         if path is None:

@@ -13,22 +13,14 @@ from acmix.ops import _native
 from acmix.ops._native import float_sums, floats, why_not, write_sums
 from acmix.ops.acmix import _plan
 from acmix.ops.acmix._fused import empty_gradients, empty_outputs, stage2
-from acmix.ops.acmix._plan import Folded, Sizes, Weights
+from acmix.ops.acmix._plan import Folded, Sizes
 from acmix.ops.shift_convolution import native as convolution
 from acmix.ops.window_attention import native as attention
 
-__all__ = ["fold", "forward", "run", "why_not"]
+__all__ = ["convolution", "run", "why_not"]
 
 OPAQUE = True
 _attend = _plan.mixed(attention.forward)
-
-
-def forward(x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
-    return run(x, fold(x, weights, sizes), sizes)
-
-
-def fold(like: Tensor, weights: Weights, sizes: Sizes) -> Folded:
-    return _plan.fold(weights, sizes, convolution.dense(like))
 
 
 def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:

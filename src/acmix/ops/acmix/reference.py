@@ -33,9 +33,5 @@ def _convolution(pieces: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
     return convolution.forward(pieces, fc, kernels, None, *steps)
 
 
-def fold(like: Tensor, weights: Weights, sizes: Sizes) -> Folded:
-    return _plan.fold(weights, sizes, convolution.dense(like))
-
-
 def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:
     return _plan.run(x, weights, sizes, _plan.mixed(attention.forward), convolution.convolve)

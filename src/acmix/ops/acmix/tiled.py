@@ -6,20 +6,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from acmix.ops.acmix import _plan
-from acmix.ops.acmix._plan import Folded, Sizes, Weights
+from acmix.ops.acmix._plan import Folded, Sizes
 from acmix.ops.shift_convolution import tiled as convolution
 from acmix.ops.window_attention import tiled as attention
 
+__all__ = ["convolution", "run"]
+
 OPAQUE = True
 _attend = _plan.mixed(attention.forward)
-
-
-def forward(x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
-    return run(x, fold(x, weights, sizes), sizes)
-
-
-def fold(like: Tensor, weights: Weights, sizes: Sizes) -> Folded:
-    return _plan.fold(weights, sizes, convolution.dense(like))
 
 
 def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:

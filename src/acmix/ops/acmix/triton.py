@@ -8,22 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from acmix.ops.acmix import _plan
-from acmix.ops.acmix._plan import Folded, Sizes, Weights
+from acmix.ops.acmix._plan import Folded, Sizes
 from acmix.ops.shift_convolution import tiled as convolution
 from acmix.ops.window_attention import _fused as attention
 from acmix.ops.window_attention._fused import trial
 
-__all__ = ["fold", "forward", "run", "trial"]
+__all__ = ["convolution", "run", "trial"]
 
 OPAQUE = True
-
-
-def forward(x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
-    return run(x, fold(x, weights, sizes), sizes)
-
-
-def fold(like: Tensor, weights: Weights, sizes: Sizes) -> Folded:
-    return _plan.fold(weights, sizes, convolution.dense(like))
 
 
 def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:
@@ -32,7 +24,7 @@ def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:
 
 def _attend(q: Tensor, *others: Any) -> Tensor:
     """The kernel takes the other path and its bias, (., C, Ho, Wo), head by head."""
-    k, v, position, window, stride, dilation, path, alpha, bias = others
+    *inputs, path, alpha, bias = others
     path, bias = (x if x is None else x.unflatten(1, q.shape[1:3]) for x in (path, bias))
-    sizes = window, stride, dilation
-    return attention.forward(q, k, v, position, *sizes, path, alpha, bias).flatten(1, 2)
+    inputs += path, alpha, bias
+    return attention.forward(q, *inputs).flatten(1, 2)
