@@ -540,6 +540,7 @@ def test_autocast_does_not_join_float64(fused: bool) -> None:
         layer(torch.ones(1, 6, 5, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "tiled", "auto"])
 def test_dynamic_sizes_in_training(backend: str) -> None:
     layer = ACmix2d(4, 4, heads=2, kernel_att=3, backend=backend)
