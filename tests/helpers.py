@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,13 +18,8 @@ from acmix.ops._library import INTERPRETED
 from acmix.ops.shift_convolution import IMPLEMENTATIONS as CONVOLUTION
 from acmix.ops.window_attention import reference
 
+Layer = TypeVar("Layer", bound=nn.Module)
 Shape = tuple[int, int, int, int, int]  # H, W, window, stride, dilation
-# What the convolution path of every layer refuses.
-WRONG_CONVOLUTION = [
-    ({"kernel_conv": 2}, "kernel_conv: expected an odd"),
-    ({"mix": "mean"}, "mix: expected one of"),
-    ({"shift": "none"}, "shift: expected one of"),
-]
 
 # Of what may run on a GPU; in Triton's interpreter that is the CPU.
 DEVICE = torch.device("cpu")
@@ -192,3 +188,11 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def perturbed(layer: Layer, by: float = 0.3) -> Layer:
+    """With parameters away from every special value."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return layer

@@ -13,6 +13,7 @@ from helpers import (
     as_function,
     assert_all_close,
     outputs_and_gradients,
+    perturbed,
     weighted_sum,
 )
 from torch import Tensor, nn
@@ -32,11 +33,7 @@ FAST = [name for name, reason in backends().items() if reason is None and name !
 
 def make_layer(**arguments: object) -> ACmix2d:
     defaults = {"heads": 2, "kernel_att": 5, "dtype": torch.float64}
-    layer = ACmix2d(6, 8, **{**defaults, **arguments})
-    with torch.no_grad():  # away from every special value
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
+    return perturbed(ACmix2d(6, 8, **{**defaults, **arguments}), 0.1)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -174,17 +174,28 @@ def test_checkpoint_path(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(value.double(), expected[key].double())
 
 
-@small
-def test_pretrained_file(name: str, tmp_path: Path) -> None:
-    """timm's way to load pretrained weights, with a head of our own."""
-    weights = released_weights(name)
-    torch.save(weights, tmp_path / "released.pth")
-    model = timm.create_model(
+def from_file(
+    name: str,
+    folder: Path,
+    weights: dict[str, Tensor],
+    overlay: dict[str, int],
+    **arguments: object,
+) -> nn.Module:
+    """timm's way to load pretrained weights."""
+    torch.save(weights, folder / "released.pth")
+    return timm.create_model(
         name,
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth"), "num_classes": 5},
-        **{**SMALL[name], "num_classes": 3},
+        pretrained_cfg_overlay={"file": str(folder / "released.pth"), **overlay},
+        **{**SMALL[name], **arguments},
     )
+
+
+@small
+def test_pretrained_file(name: str, tmp_path: Path) -> None:
+    """With a head of our own."""
+    weights = released_weights(name)
+    model = from_file(name, tmp_path, weights, {"num_classes": 5}, num_classes=3)
     expected = from_released(weights)
     head = model.get_classifier()
     assert head.out_features == 3
@@ -195,16 +206,10 @@ def test_pretrained_file(name: str, tmp_path: Path) -> None:
 
 @small
 def test_pretrained_file_of_a_feature_extractor(name: str, tmp_path: Path) -> None:
-    """timm's way again, which converts the names before it takes the network apart."""
+    """Which converts the names before it takes the network apart."""
     weights = released_weights(name)
-    torch.save(weights, tmp_path / "released.pth")
-    model = timm.create_model(
-        name,
-        features_only=True,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "released.pth")},
-        **{**SMALL[name], "in_chans": 1, "num_classes": 10},
-    )
+    arguments = {"in_chans": 1, "num_classes": 10, "features_only": True}
+    model = from_file(name, tmp_path, weights, {}, **arguments)
     expected = from_released(weights)
     first = "conv1.weight" if name.startswith("resnet") else "patch_embed.proj.weight"
     expected[first] = expected[first].sum(1, keepdim=True)

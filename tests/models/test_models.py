@@ -97,6 +97,22 @@ def test_forward_and_backward(whole: tuple[str, nn.Module]) -> None:
     model.zero_grad()
 
 
+@each
+def test_device_and_dtype(name: str) -> None:
+    model = few(name, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("base", ["resnet26", "san10", "pvt_tiny", "swin_tiny"])
+def test_acmix_from_attention_alone(base: str) -> None:
+    """With the attention alone, the network of attention: its weights and its outputs."""
+    attention = few(f"{base}_attn").eval()
+    acmix = few(f"{base}_acmix", acmix_kwargs={"mix": "attention"}).eval()
+    acmix.load_state_dict(attention.state_dict())
+    x = torch.randn(1, 3, 50, 70)
+    assert torch.equal(acmix(x), attention(x))
+
+
 def test_odd_sizes(whole: tuple[str, nn.Module]) -> None:
     name, model = whole
     model.eval()

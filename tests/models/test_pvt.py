@@ -48,13 +48,6 @@ def test_names_and_shapes_of_the_release() -> None:
     assert {key: tuple(value.shape) for key, value in state.items()} == expected
 
 
-def test_acmix_from_attention_alone() -> None:
-    pvt, acmix = make("attn").eval(), make(acmix_kwargs={"mix": "attention"}).eval()
-    acmix.load_state_dict(pvt.state_dict())
-    x = torch.randn(1, 3, 50, 70)
-    assert torch.equal(acmix(x), pvt(x))
-
-
 def test_reductions_and_heads() -> None:
     found = [(o.heads, o.reduction) for o in operators(make())]
     assert found == [(1, 8), (2, 4), (5, 2), (8, 1)]

@@ -152,11 +152,6 @@ def test_timms_other_arguments() -> None:
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
 
 
-def test_device_and_dtype() -> None:
-    model = make(device="meta", dtype=torch.bfloat16)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -86,13 +86,6 @@ def test_loads_a_released_checkpoint(tmp_path) -> None:
     assert direct.keys() == numbers.keys()
 
 
-def test_acmix_from_attention_alone() -> None:
-    san, acmix = make("attn").eval(), make(acmix_kwargs={"mix": "attention"}).eval()
-    acmix.load_state_dict(san.state_dict())
-    x = torch.randn(1, 3, 13, 10)
-    assert torch.equal(acmix(x), san(x))
-
-
 def test_by_hand() -> None:
     """The network of one block, step by step as the paper's table has it."""
     model = make("attn", depths=(1,), widths=(32,), kernels=(3,)).eval()

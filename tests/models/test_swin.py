@@ -160,11 +160,6 @@ def test_no_qkv_bias() -> None:
     assert model(torch.randn(1, 3, 56, 56)).shape == (1, 4)
 
 
-def test_device_and_dtype() -> None:
-    model = make(device="meta", dtype=torch.bfloat16)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -462,11 +462,11 @@ def test_internal_errors_are_raised() -> None:
     q, k, v, _ = attention_inputs((5, 6, 3, 1, 1))
     out, lse = torch.empty_like(q), q.new_empty(2, 2, 5, 6)
     with pytest.raises(RuntimeError, match="internal error: a size out of range"):
-        _native.attention_forward(q, k, v, None, 4, 1, 1, out, lse)
+        _native.attention_forward(q, k, v, None, (4, 1, 1), out, lse)
     with pytest.raises(RuntimeError, match="internal error: a tensor that does not fit"):
-        _native.attention_forward(q[..., :-1], k, v, None, 3, 1, 1, out, lse)
+        _native.attention_forward(q[..., :-1], k, v, None, (3, 1, 1), out, lse)
     with pytest.raises(RuntimeError, match="internal error: a tensor that does not fit"):
-        _native.attention_forward(q, k, v, None, 3, 2, 1, out, lse)
+        _native.attention_forward(q, k, v, None, (3, 2, 1), out, lse)
 
 
 def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -76,11 +76,10 @@ class ACmix2d(ConvolutionPath):
         _checks.check_positive("heads", heads)
         _checks.check_divisible("out_channels", out_channels, "heads", heads)
         _checks.check_window("kernel_att", kernel_att)
-        _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_positive("stride", stride)
         _checks.check_positive("dilation", dilation)
         _checks.check_choice("mix", mix, MIXES)
-        check_shift(shift, shift_init)
+        check_shift(kernel_conv, shift, shift_init)
         _checks.check_choice("backend", backend, BACKENDS)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")

@@ -67,9 +67,8 @@ class PatchwiseACmix(ConvolutionPath):
     ) -> None:
         super().__init__()
         check_attention(in_channels, out_channels, kernel_att, reduction, share_planes, backend)
-        _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        check_shift(shift, shift_init)
+        check_shift(kernel_conv, shift, shift_init)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_att, self.kernel_conv = kernel_att, kernel_conv
         self.reduction, self.share_planes = reduction, share_planes

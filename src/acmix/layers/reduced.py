@@ -65,9 +65,8 @@ class ReducedACmix(ConvolutionPath):
         _checks.check_positive("heads", heads)
         _checks.check_divisible("dim", dim, "heads", heads)
         _checks.check_positive("reduction", reduction)
-        _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        check_shift(shift, shift_init)
+        check_shift(kernel_conv, shift, shift_init)
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.reduction, self.kernel_conv = reduction, kernel_conv
         self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)

@@ -86,7 +86,8 @@ SHIFTS = ("learned", "learned_shared", "fixed", "tensor")
 SHIFT_INITS = ("shift", "kaiming")
 
 
-def check_shift(shift: str, init: str) -> None:
+def check_shift(kernel_conv: int, shift: str, init: str) -> None:
+    _checks.check_window("kernel_conv", kernel_conv)
     _checks.check_choice("shift", shift, SHIFTS)
     _checks.check_choice("shift_init", init, SHIFT_INITS)
     if init != "shift" and not shift.startswith("learned"):

@@ -72,9 +72,8 @@ class WindowACmix(ConvolutionPath):
         _checks.check_positive("dim", dim)
         _checks.check_positive("heads", heads)
         _checks.check_divisible("dim", dim, "heads", heads)
-        _checks.check_window("kernel_conv", kernel_conv)
         _checks.check_choice("mix", mix, MIXES)
-        check_shift(shift, shift_init)
+        check_shift(kernel_conv, shift, shift_init)
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.window_size, self.shift_size = check_windows(window_size, shift_size)
         self.kernel_conv, self.roll_convolution = kernel_conv, roll_convolution

@@ -32,6 +32,12 @@ def check_window(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an odd window side, got {value}")
 
 
+def check_sizes(window: int, stride: int, dilation: int) -> None:
+    check_window("window", window)
+    check_positive("stride", stride)
+    check_positive("dilation", dilation)
+
+
 def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
     if value % divisor:
         raise ValueError(f"{name}: expected a multiple of {divisor_name} ({divisor}), got {value}")

@@ -105,19 +105,17 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     position: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
+    sizes: Sequence[int],
     out: Tensor,
     lse: Tensor,
     alpha: Tensor | None = None,
 ) -> None:
     """Fills `out` (B, N, d, Ho, Wo), the attention times alpha, and the contiguous `lse`
-    (B, N, Ho, Wo).
+    (B, N, Ho, Wo); sizes: window, stride and dilation.
     """
     _call(
         "acmix_attention_forward",
-        _problem(k, window, stride, dilation),
+        _Problem(*k.shape, *sizes),
         q,
         k,
         v,
@@ -135,9 +133,7 @@ def attention_backward(
     v: Tensor,
     position: Tensor | None,
     lse: Tensor,
-    window: int,
-    stride: int,
-    dilation: int,
+    sizes: Sequence[int],
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -150,7 +146,7 @@ def attention_backward(
     """
     _call(
         "acmix_attention_backward",
-        _problem(k, window, stride, dilation),
+        _Problem(*k.shape, *sizes),
         grad_out,
         q,
         k,
@@ -166,26 +162,22 @@ def attention_backward(
     )
 
 
-def aggregation_forward(
-    weight: Tensor, v: Tensor, window: int, stride: int, dilation: int, out: Tensor
-) -> None:
+def aggregation_forward(weight: Tensor, v: Tensor, sizes: Sequence[int], out: Tensor) -> None:
     """weight (B, Cw, window^2, Ho, Wo), v (B, Cw, C / Cw, H, W); fills `out` of q's kind."""
-    _call("acmix_aggregation_forward", _problem(v, window, stride, dilation), weight, v, out)
+    _call("acmix_aggregation_forward", _Problem(*v.shape, *sizes), weight, v, out)
 
 
 def aggregation_backward(
     grad_out: Tensor,
     weight: Tensor,
     v: Tensor,
-    window: int,
-    stride: int,
-    dilation: int,
+    sizes: Sequence[int],
     grad_weight: Tensor,
     grad_v: Tensor,
 ) -> None:
     _call(
         "acmix_aggregation_backward",
-        _problem(v, window, stride, dilation),
+        _Problem(*v.shape, *sizes),
         grad_out,
         weight,
         v,
@@ -312,10 +304,6 @@ def _shift_floats(
 def _bias_shape(out: Tensor, window: Sequence[int]) -> tuple[int, int, int]:
     tokens = window[0] * window[1]
     return out.shape[1], tokens, tokens
-
-
-def _problem(k: Tensor, window: int, stride: int, dilation: int) -> _Problem:
-    return _Problem(*k.shape, window, stride, dilation)
 
 
 def _shift_problem(

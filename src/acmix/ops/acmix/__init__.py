@@ -135,9 +135,7 @@ def _check_weights(weights: Weights, sizes: Sizes) -> None:
     qkv_weight, qkv_bias, position, fc_weight, kernels, alpha, beta = weights
     heads, window, stride, dilation = sizes
     _checks.check_positive("heads", heads)
-    _checks.check_window("window", window)
-    _checks.check_positive("stride", stride)
-    _checks.check_positive("dilation", dilation)
+    _checks.check_sizes(window, stride, dilation)
     _checks.check_dtype("qkv_weight", qkv_weight)
     if qkv_weight.dim() != 2 or len(qkv_weight) < 1 or len(qkv_weight) % (3 * heads):
         raise ValueError(

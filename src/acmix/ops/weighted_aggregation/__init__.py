@@ -45,9 +45,7 @@ def weighted_aggregation(
             backend that cannot run here.
         TypeError: for integer or complex tensors and mixed dtypes.
     """
-    _checks.check_window("window", window)
-    _checks.check_positive("stride", stride)
-    _checks.check_positive("dilation", dilation)
+    _checks.check_sizes(window, stride, dilation)
     _checks.check_dtype("weight", weight)
     _checks.check_dtype("v", v)
     weight, v = autocast(weight, v)

@@ -18,16 +18,14 @@ OPAQUE = True
 
 
 @_library.register_cpu("weighted_aggregation")
-def _forward(weight: Tensor, v: Tensor, window: int, stride: int, dilation: int) -> Tensor:
+def _forward(weight: Tensor, v: Tensor, *sizes: int) -> Tensor:
     out = empty_output(weight, v)
-    _native.aggregation_forward(weight, v, window, stride, dilation, out)
+    _native.aggregation_forward(weight, v, sizes, out)
     return out
 
 
 @_library.register_cpu("weighted_aggregation_backward")
-def _backward(
-    grad_out: Tensor, weight: Tensor, v: Tensor, window: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
+def _backward(grad_out: Tensor, weight: Tensor, v: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
     grad_weight, grad_v = torch.empty_like(weight), torch.empty_like(v)
-    _native.aggregation_backward(grad_out, weight, v, window, stride, dilation, grad_weight, grad_v)
+    _native.aggregation_backward(grad_out, weight, v, sizes, grad_weight, grad_v)
     return grad_weight, grad_v

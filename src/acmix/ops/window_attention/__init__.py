@@ -55,9 +55,7 @@ def window_attention(
         TypeError: for integer or complex tensors and mixed dtypes.
     """
     _checks.check_positive("heads", heads)
-    _checks.check_window("window", window)
-    _checks.check_positive("stride", stride)
-    _checks.check_positive("dilation", dilation)
+    _checks.check_sizes(window, stride, dilation)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_dtype(name, tensor)
     q, k, v = autocast(q, k, v)

@@ -25,13 +25,10 @@ def _forward(
     bias: Tensor | None,
     position: Tensor | None,
     alpha: Tensor | None,
-    window: int,
-    stride: int,
-    dilation: int,
+    *sizes: int,
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(q, v)
-    sizes = window, stride, dilation
-    _native.attention_forward(q, k, v, floats(position), *sizes, out, lse, floats(alpha))
+    _native.attention_forward(q, k, v, floats(position), sizes, out, lse, floats(alpha))
     for term in (base, bias):
         if term is not None:
             out.add_(term)
@@ -47,9 +44,7 @@ def _backward(
     position: Tensor | None,
     alpha: Tensor | None,
     lse: Tensor,
-    window: int,
-    stride: int,
-    dilation: int,
+    *sizes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = grad_q, grad_k, grad_v, *small = empty_gradients(q, k, v, position, alpha)
     sums = float_sums(position, alpha)
@@ -60,9 +55,7 @@ def _backward(
         v,
         floats(position),
         lse,
-        window,
-        stride,
-        dilation,
+        sizes,
         grad_q,
         grad_k,
         grad_v,
