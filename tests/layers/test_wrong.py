@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from acmix import PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix.layers import PairwiseAttention, PatchwiseACmix, ReducedACmix, WindowACmix
 
 
 def window(**arguments: object) -> WindowACmix:
@@ -16,7 +16,7 @@ def window(**arguments: object) -> WindowACmix:
 
 
 def reduced(**arguments: object) -> nn.Module:
-    return ReducedACmix(8, **{"heads": 2, **arguments})
+    return ReducedACmix(8, **{"heads": 2, "reduction": 2, **arguments})
 
 
 def patchwise(out_channels: int = 16, **arguments: object) -> PatchwiseACmix:

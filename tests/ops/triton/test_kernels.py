@@ -81,8 +81,8 @@ def attention_inputs(
 def aggregation_inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     height, width, window, stride, _ = shape
     out_size = math.ceil(height / stride), math.ceil(width / stride)
-    weight = torch.randn(2, 2, window * window, *out_size).to(DEVICE, dtype)
-    return [weight, torch.randn(2, 6, height, width).to(DEVICE, dtype)]
+    weight = torch.randn(BATCH, 2, window * window, *out_size).to(DEVICE, dtype)
+    return [weight, torch.randn(BATCH, 6, height, width).to(DEVICE, dtype)]
 
 
 def check(
