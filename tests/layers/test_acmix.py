@@ -245,12 +245,17 @@ def test_every_small_map(form: str, backend: str) -> None:
         assert_all_close([layer(x)], [expected], TOLERANCE[torch.float32], f"{height}x{width}")
 
 
+# inductor takes a minute for what is not one operator
+COMPILER = {"native": "inductor", "tiled": "aot_eager"}
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.slow
 def test_compile(backend: str) -> None:
     torch.compiler.reset()
     layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
-    check_compiled(layer, torch.compile(layer, fullgraph=True, dynamic=False), [(2, 7, 9)])
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=COMPILER[backend])
+    check_compiled(layer, compiled, [(2, 7, 9)])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -258,8 +263,7 @@ def test_compile(backend: str) -> None:
 def test_compile_with_dynamic_sizes(backend: str) -> None:
     torch.compiler.reset()
     layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
-    by = "inductor" if backend == "native" else "aot_eager"  # inductor takes a minute
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=by)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=COMPILER[backend])
     sizes = [(2, 7, 9), (3, 12, 10), (2, 33, 17)]
     # PyTorch recompiles nn.Conv2d itself for each size in training; in inference nothing may.
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):

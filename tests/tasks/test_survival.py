@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from tasks.runs import (
     GLOBAL_BATCH,
     TWO_PROCESSES,
+    arguments,
     assert_same_end,
     checkpoint_of,
     ended,
@@ -19,6 +20,7 @@ from tasks.runs import (
     rows_of,
     signal_at,
     start,
+    start_two,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
@@ -94,12 +96,12 @@ def test_two_processes_killed_end_with_the_same_bits_and_the_loss_of_one(tmp_pat
     """A step of two processes has the images of a step of one with twice the batch size."""
     two = {**TWO_PROCESSES, "trainer.strategy": "ddp"}
     killed = start(tmp_path / "killed", two, *signal_at(18, signal.SIGKILL))
-    whole = start(tmp_path / "whole", two)
     assert fit(tmp_path / "one", GLOBAL_BATCH) == 0
     assert ended(killed)[0] == -signal.SIGKILL
-    assert ended(whole) == (0, "")
     assert checkpoint_of(tmp_path / "killed")["global_step"] == 16
-    assert ended(start(tmp_path / "killed", two, "--ckpt_path=last")) == (0, "")
+    resumed = arguments(tmp_path / "killed", two, "--ckpt_path=last")
+    for process in start_two([arguments(tmp_path / "whole", two), resumed]):
+        assert ended(process) == (0, "")
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
     for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "whole"), strict=True):
         for loss in ("train_loss", "val_loss"):

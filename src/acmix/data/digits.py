@@ -9,8 +9,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -62,6 +60,9 @@ class Digits(ImageData):
 
     def _split(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((training images, classes), (held-out images, classes)), images (B, 1, 8, 8)."""
+        from sklearn.datasets import load_digits  # half a second, which no other command needs
+        from sklearn.model_selection import train_test_split
+
         pixels, classes = load_digits(return_X_y=True)
         train, val = train_test_split(
             range(len(classes)),

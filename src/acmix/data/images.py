@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL.Image import Image
-from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -178,6 +177,8 @@ class Images(ImageData):
         labels = images.labels
         if not self.val_fraction:
             return list(range(len(labels))), []
+        from sklearn.model_selection import train_test_split  # half a second
+
         try:
             train, val = train_test_split(
                 range(len(labels)),

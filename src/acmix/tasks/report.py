@@ -12,7 +12,6 @@ import timm
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from acmix.analysis import environment, figures
@@ -50,6 +49,8 @@ def write(run: Path, finished: Finished) -> dict[str, Any]:
     if held_out.truth:
         figures.save(draw_predictions(data, held_out), run / "predictions.png")
         if len(data.class_names) <= MOST_CONFUSED:
+            from sklearn.metrics import confusion_matrix  # half a second
+
             counts = confusion_matrix(
                 held_out.truth, held_out.predicted, labels=range(len(data.class_names))
             )

@@ -114,13 +114,15 @@ def test_head_dim(head_dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "alpha"), [((5, 6, 3, 1, 1), (-0.7,)), ((9, 13, 5, 1, 2), -0.7)], ids=str
+    ("shape", "alpha", "batch"),
+    [((5, 6, 3, 1, 1), (-0.7,), 2), ((9, 13, 5, 1, 2), -0.7, BATCH)],
+    ids=str,
 )
 @half_too
-def test_mix(shape: Shape, alpha: object, dtype: torch.dtype) -> None:
+def test_mix(shape: Shape, alpha: object, batch: int, dtype: torch.dtype) -> None:
     """base + bias + alpha * attention, and every gradient; once with all keys of a tile in one
     block and once in several, once with an alpha of shape (1,) and once with a scalar."""
-    *tensors, position = attention_inputs(shape, 8, dtype, batch=2)
+    *tensors, position = attention_inputs(shape, 8, dtype, batch)
     inputs = [x.unflatten(1, (2, 8)) for x in tensors]
     base = torch.randn_like(inputs[0]).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
     inputs += [position, base, torch.tensor(alpha, device=DEVICE), torch.randn_like(base[:1])]
