@@ -5,9 +5,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -188,6 +188,12 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def slow_but(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: `make test-fast` takes the fast ones."""
+    slow = pytest.mark.slow
+    return [name if name in fast else pytest.param(name, marks=slow) for name in names]
 
 
 def perturbed(layer: Layer, by: float = 0.3) -> Layer:

@@ -43,6 +43,7 @@ def test_every_part_leaves_rows_and_a_figure(gpu, monkeypatch, tmp_path, capsys)
     assert "attention, forward, ms (goal)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_would_start_too_late_is_not_run(gpu, monkeypatch, tmp_path):
     late = ("--device", "cpu", "--quick", "--minutes", "0", "--only", "layers", "--out", tmp_path)
     assert run(gpu, monkeypatch, *late) == 0
@@ -85,6 +86,7 @@ def test_a_wrong_tile_is_not_timed(gpu, monkeypatch, tmp_path):
     assert all("error" in row["note"] and not row["median_ms"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_kernel_wrong_at_a_shape_is_not_timed_there(gpu, monkeypatch, tmp_path, capsys):
     """Nor a network whose layers are; what it is compared with is timed."""
 

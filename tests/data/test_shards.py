@@ -45,6 +45,7 @@ def test_info_names_classes_and_lengths(shards, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.slow
 def test_held_out_images_come_once_and_in_order(shards, world, workers):
     options = {"batch_size": 4, "num_workers": workers, "world_size": world}
     loaders = [

@@ -145,6 +145,7 @@ class OfMap(nn.Module):
 
 
 @pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.slow
 def test_export(reduction: int) -> None:
     """One program for maps of any size over the reduction."""
     layer = OfMap(make_layer(reduction=reduction).float())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import slow_but
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
@@ -46,15 +47,20 @@ TRANSFORMS: dict[str, Callable[[Function, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transform(transform: str, compiled: bool) -> None:
+def test_transform(transform: str) -> None:
     """The derivative of the definition, never zeros."""
-    check("resnet", transform, compiled)
+    check("resnet", transform, compiled=False)
+
+
+@pytest.mark.parametrize("transform", slow_but(["jvp"], TRANSFORMS))
+def test_compiled_transform(transform: str) -> None:
+    check("resnet", transform, compiled=True)
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad"])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "resnet"])
+@pytest.mark.slow
 def test_transform_of_other_layers(name: str, transform: str) -> None:
     # torch.compile fails on PyTorch's own norms inside a transform, those of SAN and PVT.
     check(name, transform, compiled=name == "swin")

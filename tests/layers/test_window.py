@@ -196,6 +196,7 @@ def test_initialisation() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
 def test_compile(dynamic: bool) -> None:
     layer = make_layer(shift_size=1).float()
     backend = "eager" if dynamic else "aot_eager"
@@ -207,6 +208,7 @@ def test_compile(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"shift_size": 1}, {"mix": "attention"}], ids=str)
 @pytest.mark.parametrize("roll", [True, False], ids=["rolled", "unrolled"])
+@pytest.mark.slow
 def test_export(arguments: dict, roll: bool) -> None:
     """One program for maps of any size; the portable form takes more than a window a side."""
     layer = make_layer(roll_convolution=roll, **arguments).float()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TOLERANCE
+from helpers import TOLERANCE, slow_but
 from timm.models import group_parameters, model_entrypoint, named_apply
 from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import init_weights_vit_timm
@@ -40,7 +40,8 @@ EACH = [
     *(f"san10_{path}" for path in SAN_PATHS),
     *(f"{base}_tiny_{path}" for base in ("pvt", "swin") for path in TRANSFORMER_PATHS),
 ]
-each = pytest.mark.parametrize("name", EACH)
+CORE = ["resnet26_acmix", "san10_acmix", "pvt_tiny_acmix", "swin_tiny_acmix"]
+each = pytest.mark.parametrize("name", slow_but(CORE, EACH))
 
 
 def side(name: str) -> int:
@@ -71,10 +72,7 @@ def few(name: str, **arguments: object) -> nn.Module:
     return timm.create_model(name, **{"num_classes": 10, **depths, **arguments})
 
 
-DEEPER = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in EACH]
-
-
-@pytest.fixture(scope="module", params=[*EACH, *DEEPER])
+@pytest.fixture(scope="module", params=slow_but(CORE, NAMES))
 def whole(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     """Each model as it is registered; tests leave it as it was."""
     return request.param, timm.create_model(request.param)
@@ -262,6 +260,7 @@ def test_drop_path(name: str) -> None:
 
 
 @each
+@pytest.mark.slow
 def test_gradient_checkpointing(name: str) -> None:
     model = few(name, drop_path_rate=0.0)
     # Running statistics would move twice in a block that is run again.
@@ -284,6 +283,7 @@ def test_channels_last(name: str) -> None:
 
 
 @each
+@pytest.mark.slow
 def test_bfloat16(name: str) -> None:
     model = few(name, zero_init_last=False) if "resnet" in name else few(name)
     model.eval()
@@ -348,6 +348,7 @@ def test_onnx(name: str) -> None:
 
 
 @each
+@pytest.mark.slow
 def test_save_and_load(name: str, tmp_path: Path) -> None:
     model = few(name).eval()
     torch.save(model.state_dict(), tmp_path / "model.pth")
@@ -390,6 +391,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "other", "key"), WRONG)
+@pytest.mark.slow
 def test_checkpoint_of_another_model(name: str, other: str, key: str, tmp_path: Path) -> None:
     """What does not fit is listed."""
     torch.save(few(other).state_dict(), tmp_path / "model.pth")

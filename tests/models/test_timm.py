@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers import slow_but
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ NAMES = [
     "swin_tiny_acmix",
 ]
 SIDE = 64
-every_network = pytest.mark.parametrize("name", NAMES)
+CORE = ["resnet26_acmix", "san10_acmix", "pvt_tiny_acmix", "swin_tiny_acmix"]
+every_network = pytest.mark.parametrize("name", slow_but(CORE, NAMES))
 
 
 def create(name: str, **arguments: object) -> nn.Module:
@@ -50,6 +52,7 @@ def test_forward_and_backward_through_fx(name: str) -> None:
 
 
 @every_network
+@pytest.mark.slow
 def test_a_fused_network_through_fx(name: str) -> None:
     model, x = create(name), image()
     out = last_node(acmix.fuse(model))(x)
@@ -58,6 +61,7 @@ def test_a_fused_network_through_fx(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fx", "hook"])
 @every_network
+@pytest.mark.slow
 def test_features_by_other_means(name: str, kind: str) -> None:
     """The maps that features_only gives by itself, with the sizes it promises."""
     features, others = (
@@ -110,6 +114,7 @@ def test_forward_intermediates(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("acmix")])
+@pytest.mark.slow
 def test_a_trace_of_jit(name: str) -> None:
     model, x = create(name).requires_grad_(False), image()[:1, :, :32, :32]
     traced = torch.jit.trace(model, (x,), check_trace=False)

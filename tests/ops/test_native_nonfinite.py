@@ -175,6 +175,7 @@ sizes = pytest.mark.parametrize("index", range(len(SHAPES)), ids=lambda i: str(S
 
 
 @sizes
+@pytest.mark.slow
 def test_window_attention(index: int) -> None:
     for dtype, last in forms(4)[index % 2 :: 2]:
         check(attention_case(SHAPES[index], dtype, last))
@@ -192,6 +193,7 @@ def test_weighted_aggregation(index: int) -> None:
     [(5, 7, 3, 1, 1), (9, 7, 5, 2, 1), (13, 19, 3, 1, 2), (7, 8, 3, 3, 1), (6, 5, 1, 1, 1)],
     ids=str,
 )
+@pytest.mark.slow
 def test_shift_convolution(shape: Shape, fc: bool) -> None:
     for dtype, last in forms(4)[fc::2]:
         check(convolution_case(shape, dtype, last, fc))

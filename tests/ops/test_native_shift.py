@@ -200,6 +200,7 @@ def test_dilation_beyond_the_map() -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_poisoned_memory(size: tuple[int, int], layout: str) -> None:
     """Nothing is read before it is written: neither new tensors nor what earlier calls left."""
     torch.set_num_threads(1)
@@ -249,6 +250,7 @@ def test_any(
 
 
 @pytest.mark.parametrize("layout", ["nchw channel_major", "channels_last channel_major"])
+@pytest.mark.slow
 def test_opcheck(layout: str) -> None:
     pieces, weight = make_inputs((6, 9), layout=layout)
     leaves = pieces.requires_grad_(), weight.requires_grad_()
@@ -264,6 +266,7 @@ def test_opcheck(layout: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
 def test_compile(dynamic: bool) -> None:
     def function(pieces: Tensor, fc: Tensor, shift: Tensor) -> Tensor:
         return shift_convolution(pieces * 2, fc, shift, backend="native") + 1

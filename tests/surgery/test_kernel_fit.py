@@ -54,6 +54,7 @@ def step(kernel: Tensor, fit: KernelFit, name: str, heads: int) -> KernelFit:
 
 @pytest.mark.parametrize("heads", [1, 2, HEADS])
 @pytest.mark.parametrize("shift", SETS)
+@pytest.mark.slow
 def test_alternating_least_squares_does_no_better(shift: str, heads: int) -> None:
     kernel = random_kernel(heads=heads)[:, :14]
     sets = {"learned": heads}.get(shift, SETS[shift])

@@ -145,6 +145,7 @@ def test_swin_tiny(roll_convolution: bool) -> None:
 
 @pytest.mark.parametrize("kwargs", OPERATOR_KWARGS)
 @pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.slow
 def test_the_path_learns_from_the_first_step(pair: str, kwargs: str) -> None:
     """Its last weights at once, and what is before them after one step."""
     make_source, make_model = PAIRS[pair]
@@ -457,6 +458,7 @@ def test_types() -> None:
         ("eps", "eps: bn1, expected 1e-05, got 0.001"),
     ],
 )
+@pytest.mark.slow
 def test_another_geometry_is_refused(name: str, message: str) -> None:
     """No tensor tells it."""
     arguments: dict[str, object] = {"output_stride": 16} if name == "resnet50" else {}

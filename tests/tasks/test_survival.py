@@ -137,6 +137,7 @@ class SpoilAt(Callback):
 
 
 @pytest.mark.parametrize(("step", "saved"), [(8, 4), (11, 8)], ids=["within", "at the end"])
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, step, saved):
     run = tmp_path / "run"
     spoil = ("--trainer.callbacks=tasks.test_survival.SpoilAt", f"--trainer.callbacks.step={step}")
