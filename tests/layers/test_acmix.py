@@ -17,6 +17,7 @@ from helpers import (
     weighted_sum,
 )
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import acmix
 from acmix import ACmix2d
@@ -514,7 +515,9 @@ def test_a_trace_of_fx(mix: str, shift: str, fused: bool) -> None:
     """One call of the operator, of no size."""
     layer = make_layer(mix=mix, shift=shift)
     layer = acmix.fuse(layer) if fused else layer
-    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(layer)))
+    traced = torch.fx.symbolic_trace(layer)
+    if torch.__version__ >= TorchVersion("2.9"):  # 2.8 pickles no annotations that are strings
+        traced = pickle.loads(pickle.dumps(traced))
     for size in ((7, 5), (1, 9)):
         x = torch.randn(2, 6, *size, dtype=torch.float64)
         assert torch.equal(traced(x), layer(x))
@@ -551,6 +554,8 @@ def test_autocast_does_not_join_float64(fused: bool) -> None:
     ],
 )
 def test_dynamic_sizes_in_training(by: str, backend: str, sizes: list[tuple[int, int]]) -> None:
+    if by == "inductor" and torch.__version__ < TorchVersion("2.9"):
+        pytest.skip("inductor of PyTorch 2.8 fails on sizes of its own")
     layer = ACmix2d(4, 4, heads=2, kernel_att=3, kernel_conv=1, backend=backend)
     compiled = torch.compile(layer, dynamic=True, backend=by)
     for size in sizes:

@@ -119,7 +119,9 @@ def _windowed(layer: ACmix2d, x: Tensor) -> tuple[Tensor, Tensor]:
     pieces = project_pieces(x, layer.qkv_weight, layer.qkv_bias, sizes)
     q, k, v = split(pieces, sizes.stride)
     v = _leaf(v)
-    return v, window_attention.forward(q, k, v, layer.position_weight, *sizes.of_attention)
+    return v, window_attention.forward(
+        q, k, v, layer.position_weight, sizes.window, sizes.stride, sizes.dilation
+    )
 
 
 def _partitioned(layer: WindowACmix, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from acmix.layers.window import WindowACmix
 from acmix.ops import _checks
 from acmix.ops._project import project
 from acmix.ops.acmix import Folded, Sizes, Weights, fold, folded_acmix
+from acmix.ops.acmix._plan import has_pieces
 
 torch.fx.wrap("folded_acmix")
 
@@ -73,12 +74,12 @@ class FusedACmix2d(ACmix2d):
 
     def _scale_v(self, weights: Folded, factor: Tensor, dtype: torch.dtype) -> None:
         """Multiply v, and so attention, by factor (C), in place."""
-        if weights.has_pieces and weights.path is not None:
+        if has_pieces(weights) and weights.path is not None:
             factor = away_from_zero(factor, dtype)
             divide_by_v(weights.path.kernel, factor, self.head_dim)
         by_channel = factor.unflatten(0, (self.heads, self.head_dim)).t()
         for rows in (weights.qkv_weight, weights.qkv_bias):
-            if weights.has_pieces:
+            if has_pieces(weights):
                 v = rows.unflatten(0, (self.head_dim, -1))[:, 2 * self.heads :]
             else:
                 v = rows[-self.out_channels :].unflatten(0, (self.heads, -1)).transpose(0, 1)

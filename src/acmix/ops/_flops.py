@@ -38,9 +38,11 @@ def is_counted() -> bool:
     return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
 
 
-def counted(run: Callable[..., Tensor], forward: int, backward: int, *inputs: Any) -> Tensor:
-    """run(*inputs), counted as so many operations; backward too, for all gradients."""
-    return _Counted.apply(run, forward, backward, *inputs)
+def counted(
+    run: Callable[..., Tensor], operations: Callable[[], tuple[int, int]], *inputs: Any
+) -> Tensor:
+    """run(*inputs), to a counter the operations given, forward and backward for all gradients."""
+    return _Counted.apply(run, *operations(), *inputs) if is_counted() else run(*inputs)
 
 
 class _Counted(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,8 @@ def convolve(x: Tensor, weight: Tensor, *sizes: int) -> Tensor:
     is not 1 (PyTorch 2.14, processors with AMX), and so does the gradient of its weight on others.
     """
     dtype = dtype_of_kernels(x)
+    if torch.jit.is_tracing():  # where shapes are tensors
+        sizes = tuple(map(int, sizes))
     if x.device.type != "cpu" or dtype not in HALF:
         return F.conv2d(x, weight, None, *sizes)
     with without_autocast(x):

@@ -13,6 +13,7 @@ from acmix.ops._dispatch import choose
 from acmix.ops._windows import output_size
 from acmix.ops.acmix import _plan, native, reference, tiled, triton
 from acmix.ops.acmix._plan import Folded, Sizes, Weights
+from acmix.ops.shift_convolution._path import multiply_adds
 
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native, "triton": triton}
 
@@ -71,15 +72,12 @@ def acmix(
     given = {name: tensor for name, tensor in convolution.items() if tensor is not None}
     check_kinds(parameters=qkv_weight, x=batch, qkv_bias=qkv_bias, **given)
     implementation = _choose(backend, batch, weights, sizes)
-    if _flops.is_counted():
-        out = _flops.counted(
-            lambda x, *weights: _plan.forward(implementation, x, Weights(*weights), sizes),
-            *_operations(batch, weights, sizes),
-            batch,
-            *weights,
-        )
-    else:
-        out = _plan.forward(implementation, batch, weights, sizes)
+    out = _flops.counted(
+        lambda x, *weights: _plan.forward(implementation, x, Weights(*weights), sizes),
+        lambda: _operations(batch, weights, sizes),
+        batch,
+        *weights,
+    )
     return out if x.dim() == 4 else out[0]
 
 
@@ -94,9 +92,9 @@ def _operations(x: Tensor, weights: Weights, sizes: Sizes) -> tuple[int, int]:
     products = 3 * channels * in_channels * pixels
     attention = window**2 * channels * outputs if weights.alpha is not None else 0
     if weights.beta is not None and weights.fc_weight is not None:
-        taps = len(weights.fc_weight)
-        products += taps * 3 * channels * pixels
-        products += taps * channels * outputs * (1 if weights.kernels is None else taps)
+        head_dim, heads = channels // sizes.heads, sizes.heads
+        path = x, head_dim, heads, weights.fc_weight, weights.kernels, stride
+        products += multiply_adds(*path)
     return 2 * (products + 2 * attention), 2 * (2 * products + 5 * attention)
 
 

@@ -23,14 +23,6 @@ class Sizes(NamedTuple):
     stride: int
     dilation: int
 
-    @property
-    def of_attention(self) -> tuple[int, int, int]:
-        return self.window, self.stride, self.dilation
-
-    @property
-    def of_convolution(self) -> tuple[int, int]:
-        return self.stride, self.dilation
-
 
 class Weights(NamedTuple):
     """What the function is given."""
@@ -54,9 +46,18 @@ class Folded(NamedTuple):
     alpha: Tensor | float | None
     path: _path.Folded | None
 
-    @property
-    def has_pieces(self) -> bool:
-        return self.path is not None and not self.path.dense
+
+# Functions, since PyTorch 2.8 compiles neither methods nor slices of such tuples.
+def of_attention(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.window, sizes.stride, sizes.dilation
+
+
+def of_convolution(sizes: Sizes) -> tuple[int, int]:
+    return sizes.stride, sizes.dilation
+
+
+def has_pieces(weights: Folded) -> bool:
+    return weights.path is not None and not weights.path.dense
 
 
 def forward(plan: ModuleType, x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
@@ -83,7 +84,7 @@ def fold(weights: Weights, sizes: Sizes, dense: bool) -> Folded:
             one_kernel=alpha is not None,
         )
     folded = Folded(weight, bias, position, alpha, path)
-    if folded.has_pieces:
+    if has_pieces(folded):
         return folded
     if alpha is None:
         return Folded(None, None, None, None, path)
@@ -108,13 +109,13 @@ def run(
     result is mixed with -> (B, C, Ho, Wo)."""
     qkv_weight, qkv_bias, position, alpha, path_weights = weights
     pieces: Tensor | None = None
-    if weights.has_pieces:
+    if has_pieces(weights):
         pieces = project_pieces(x, qkv_weight, qkv_bias, sizes)
     path: Tensor | None = None
     bias: Tensor | None = None
     if path_weights is not None:
         source = x if pieces is None else pieces
-        path, bias = _path.run(path_weights, convolve, lambda _: source, *sizes.of_convolution)
+        path, bias = _path.run(path_weights, convolve, lambda _: source, *of_convolution(sizes))
     if alpha is None:
         assert path is not None
         return path if bias is None else path + bias
@@ -122,7 +123,7 @@ def run(
         qkv = split(pieces, sizes.stride)
     else:
         qkv = project_for_attention(x, qkv_weight, qkv_bias, sizes)
-    return attend(*qkv, position, *sizes.of_attention, path, alpha, bias)
+    return attend(*qkv, position, *of_attention(sizes), path, alpha, bias)
 
 
 def project_pieces(x: Tensor, weight: Tensor, bias: Tensor, sizes: Sizes) -> Tensor:

@@ -28,7 +28,7 @@ def run(x: Tensor, weights: Folded, sizes: Sizes) -> Tensor:
     if alpha is None or path is None or path.dense or path.kernel is None:
         return _plan.run(x, weights, sizes, _attend, convolution.convolve)
     pieces = _plan.project_pieces(x, weights.qkv_weight, weights.qkv_bias, sizes)
-    return stage2(pieces, weights.position, path.kernel, alpha, *sizes.of_attention)
+    return stage2(pieces, weights.position, path.kernel, alpha, *_plan.of_attention(sizes))
 
 
 @torch.library.impl("acmix::stage2", "cpu")

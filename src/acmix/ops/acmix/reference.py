@@ -16,7 +16,7 @@ def forward(x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
     out: Tensor | None = None
     if weights.alpha is not None:
         qkv = _plan.split(pieces, sizes.stride)
-        out = attention.forward(*qkv, weights.position, *sizes.of_attention).flatten(1, 2)
+        out = attention.forward(*qkv, weights.position, *_plan.of_attention(sizes)).flatten(1, 2)
         out = weights.alpha * out
     if weights.beta is not None:
         path = weights.beta * _convolution(pieces, weights, sizes)
@@ -26,7 +26,7 @@ def forward(x: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
 
 
 def _convolution(pieces: Tensor, weights: Weights, sizes: Sizes) -> Tensor:
-    fc, kernels, steps = weights.fc_weight, weights.kernels, sizes.of_convolution
+    fc, kernels, steps = weights.fc_weight, weights.kernels, _plan.of_convolution(sizes)
     assert fc is not None
     if kernels is None:
         return convolution.shift_tensors(pieces, fc, sizes.heads, None, *steps)

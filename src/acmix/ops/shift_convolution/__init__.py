@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from acmix.ops import _checks
+from acmix.ops import _checks, _flops
 from acmix.ops._autocast import autocast, check_kinds
 from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import _path, native, reference, tiled
@@ -81,11 +82,22 @@ def shift_convolution(
     _checks.check_same_kind(**weights)
     (pieces,) = autocast(pieces)
     implementation = choose(backend, IMPLEMENTATIONS, pieces, fc_weight, shift_weight)
-    if implementation is reference:
-        return reference.forward(pieces, fc_weight, shift_weight, fc_bias, stride, dilation)
     repeats = channels // pieces.shape[2]
-    path = _path.fold([], fc_weight, shift_weight, fc_bias, dense=False, repeats=repeats)
-    return _run(path, implementation, lambda dense: pieces, stride, dilation)
+
+    def run(pieces: Tensor, fc_weight: Tensor, kernels: Tensor, fc_bias: Tensor | None) -> Tensor:
+        if implementation is reference:
+            return reference.forward(pieces, fc_weight, kernels, fc_bias, stride, dilation)
+        path = _path.fold([], fc_weight, kernels, fc_bias, dense=False, repeats=repeats)
+        return _run(path, implementation, lambda dense: pieces, stride, dilation)
+
+    return _flops.counted(
+        run,
+        lambda: _operations(pieces, pieces.shape[2], repeats, fc_weight, shift_weight, stride),
+        pieces,
+        fc_weight,
+        shift_weight,
+        fc_bias,
+    )
 
 
 def convolve_projections(
@@ -100,10 +112,41 @@ def convolve_projections(
 ) -> Tensor:
     """The path of a layer on maps like x, in the form that the backend prefers: (B, C, H, W)."""
     implementation = choose(backend, IMPLEMENTATIONS, x, fc_weight)
-    if implementation is reference and kernels is not None:
-        return reference.forward(read(False), fc_weight, kernels, fc_bias, 1, 1)
-    weights = fold(backend, x, projections, fc_weight, kernels, fc_bias, repeats)
-    return _run(weights, implementation, read)
+    by_definition = implementation is reference and kernels is not None
+    dense = kernels is not None and implementation.dense(x)
+
+    def run(source: Tensor, fc_weight: Tensor, kernels: Any, fc_bias: Any, *parts: Any) -> Tensor:
+        if by_definition:
+            return reference.forward(source, fc_weight, kernels, fc_bias, 1, 1)
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
+        path = _path.fold(pairs, fc_weight, kernels, fc_bias, dense=dense, repeats=repeats)
+        return _run(path, implementation, lambda _: source)
+
+    parts = [part for pair in projections for part in pair]
+    head_dim = projections[0][0].shape[1]
+    source = read(dense)
+    return _flops.counted(
+        run,
+        lambda: _operations(source, head_dim, repeats, fc_weight, kernels),
+        source,
+        fc_weight,
+        kernels,
+        fc_bias,
+        *parts,
+    )
+
+
+def _operations(
+    maps: Tensor,
+    head_dim: int,
+    repeats: int,
+    fc_weight: Tensor,
+    kernels: Tensor | None,
+    stride: int = 1,
+) -> tuple[int, int]:
+    """Of the definition on maps like these, forward and backward."""
+    operations = 2 * _path.multiply_adds(maps, head_dim, repeats, fc_weight, kernels, stride)
+    return operations, 2 * operations
 
 
 def convolve_folded(x: Tensor, read: Read, weights: Folded, backend: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from acmix.ops._windows import output_size
 from acmix.ops.shift_convolution import folded
 from acmix.ops.shift_convolution.folded import Projection
 from acmix.ops.shift_convolution.reference import shift_tensors
@@ -54,6 +55,22 @@ def fold(
     if one_kernel:
         return Folded(folded.fold_fc(fc_weight, kernels), None, taps)
     return Folded(*folded.fewest_operations(fc_weight, kernels, repeats), taps)
+
+
+def multiply_adds(
+    maps: Tensor,
+    head_dim: int,
+    repeats: int,
+    fc_weight: Tensor,
+    kernels: Tensor | None,
+    stride: int,
+) -> int:
+    """Of the definition on maps like these: fc, and each kernel on each tap's map."""
+    batch, side = len(maps), maps.shape[-2:]
+    taps, pieces = fc_weight.shape
+    outputs = batch * math.prod(output_size(length, stride) for length in side)
+    combined = taps * pieces * head_dim * batch * math.prod(side)
+    return combined + taps * head_dim * repeats * outputs * (1 if kernels is None else taps)
 
 
 def run(

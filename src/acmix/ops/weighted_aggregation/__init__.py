@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from acmix.ops import _checks
+from acmix.ops import _checks, _flops
 from acmix.ops._autocast import autocast
 from acmix.ops._dispatch import choose
 from acmix.ops._windows import output_size
@@ -62,4 +62,10 @@ def weighted_aggregation(
     _checks.check_divisible("v: channels", channels, "the weights' channels", shared)
     _checks.check_same_kind(v=v, weight=weight)
     implementation = choose(backend, IMPLEMENTATIONS, weight, v)
-    return implementation.forward(weight, v, window, stride, dilation)
+    products = 2 * weight[:, 0].numel() * channels
+    return _flops.counted(
+        lambda weight, v: implementation.forward(weight, v, window, stride, dilation),
+        lambda: (products, 2 * products),
+        weight,
+        v,
+    )

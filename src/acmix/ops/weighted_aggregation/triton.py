@@ -38,6 +38,10 @@ class Constants:
     GROUP: int  # weights
     EACH: int  # channels that share one
 
+    @property
+    def PIXELS(self) -> int:
+        return self.ROWS * self.COLUMNS
+
 
 class Block(NamedTuple):
     """A program's image and, in the shape (pixels, weights, channels) of a block, its weights, rows
@@ -59,7 +63,7 @@ def _block(height, width, size, C: tl.constexpr):
     tile = program // groups
     batch = tile // (down * across)
     tile = tile % (down * across)
-    pixel = tl.arange(0, C.ROWS * C.COLUMNS)[:, None, None]
+    pixel = tl.arange(0, C.PIXELS)[:, None, None]
     row = tile // across * C.ROWS + pixel // C.COLUMNS
     column = tile % across * C.COLUMNS + pixel % C.COLUMNS
     group = program % groups * C.GROUP + tl.arange(0, C.GROUP)[None, :, None]
@@ -96,7 +100,7 @@ def _forward_kernel(weight, v, out, size, C: tl.constexpr):
     block = _block(size.out_height, size.out_width, size, C)
     for start in range(0, size.channels, C.EACH):
         at = _channels(block, start, size, C)
-        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, C.EACH), tl.float32)
+        sums = tl.full((C.PIXELS, C.GROUP, C.EACH), 0.0, tl.float32)
         for tap in range(C.WINDOW * C.WINDOW):
             factors = load(weight, _weights(block, tap))
             values = load(v, _shown(at, tap, size, C))
@@ -108,7 +112,7 @@ def _forward_kernel(weight, v, out, size, C: tl.constexpr):
 def _weight_gradient_kernel(grad_out, v, grad_weight, size, C: tl.constexpr):
     block = _block(size.out_height, size.out_width, size, C)
     for tap in range(C.WINDOW * C.WINDOW):
-        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, 1), tl.float32)
+        sums = tl.full((C.PIXELS, C.GROUP, 1), 0.0, tl.float32)
         for start in range(0, size.channels, C.EACH):
             at = _channels(block, start, size, C)
             grads, values = load(grad_out, at), load(v, _shown(at, tap, size, C))
@@ -165,7 +169,7 @@ def _value_gradient_kernel(grad_out, weight, grad_v, size, C: tl.constexpr):
     least_x, most_x = _images(left, right, size.width, reach)
     for start in range(0, size.channels, C.EACH):
         at = _channels(block, start, size, C)
-        sums = tl.zeros((C.ROWS * C.COLUMNS, C.GROUP, C.EACH), tl.float32)
+        sums = tl.full((C.PIXELS, C.GROUP, C.EACH), 0.0, tl.float32)
         for i in range((most_y - least_y + 1) * C.WINDOW):
             image_y, dy = least_y + i // C.WINDOW, i % C.WINDOW
             offset_y = (dy - C.WINDOW // 2) * C.DILATION

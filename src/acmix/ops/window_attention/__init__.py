@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from acmix.ops import _checks
+from acmix.ops import _checks, _flops
 from acmix.ops._autocast import autocast
 from acmix.ops._dispatch import choose
 from acmix.ops._windows import output_size
@@ -72,4 +72,12 @@ def window_attention(
         _checks.check_device("position", position, "k", k)
     q, k, v = (x.unflatten(1, (heads, channels // heads)) for x in (q, k, v))
     implementation = choose(backend, IMPLEMENTATIONS, q, k, v, head_dim=q.shape[2])
-    return implementation.forward(q, k, v, position, window, stride, dilation).flatten(1, 2)
+    product = 2 * window**2 * q.numel()
+    return _flops.counted(
+        lambda *inputs: implementation.forward(*inputs, window, stride, dilation).flatten(1, 2),
+        lambda: (2 * product, 5 * product),
+        q,
+        k,
+        v,
+        position,
+    )
