@@ -38,6 +38,11 @@ def is_counted() -> bool:
     return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
 
 
+def of_products(multiply_adds: int) -> tuple[int, int]:
+    """2 operations each, and as many again for the gradient of each factor."""
+    return 2 * multiply_adds, 4 * multiply_adds
+
+
 def counted(
     run: Callable[..., Tensor], operations: Callable[[], tuple[int, int]], *inputs: Any
 ) -> Tensor:

@@ -13,7 +13,7 @@ from acmix.ops import _checks, _flops
 from acmix.ops._autocast import autocast, check_kinds
 from acmix.ops._dispatch import choose
 from acmix.ops.shift_convolution import _path, native, reference, tiled
-from acmix.ops.shift_convolution._path import Folded, Read
+from acmix.ops.shift_convolution._path import Folded, Read, multiply_adds
 from acmix.ops.shift_convolution.folded import Projection
 
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled, "native": native, "triton": tiled}
@@ -92,7 +92,9 @@ def shift_convolution(
 
     return _flops.counted(
         run,
-        lambda: _operations(pieces, pieces.shape[2], repeats, fc_weight, shift_weight, stride),
+        lambda: _flops.of_products(
+            multiply_adds(pieces, pieces.shape[2], repeats, fc_weight, shift_weight, stride)
+        ),
         pieces,
         fc_weight,
         shift_weight,
@@ -127,26 +129,13 @@ def convolve_projections(
     source = read(dense)
     return _flops.counted(
         run,
-        lambda: _operations(source, head_dim, repeats, fc_weight, kernels),
+        lambda: _flops.of_products(multiply_adds(source, head_dim, repeats, fc_weight, kernels, 1)),
         source,
         fc_weight,
         kernels,
         fc_bias,
         *parts,
     )
-
-
-def _operations(
-    maps: Tensor,
-    head_dim: int,
-    repeats: int,
-    fc_weight: Tensor,
-    kernels: Tensor | None,
-    stride: int = 1,
-) -> tuple[int, int]:
-    """Of the definition on maps like these, forward and backward."""
-    operations = 2 * _path.multiply_adds(maps, head_dim, repeats, fc_weight, kernels, stride)
-    return operations, 2 * operations
 
 
 def convolve_folded(x: Tensor, read: Read, weights: Folded, backend: str) -> Tensor:

@@ -62,10 +62,9 @@ def weighted_aggregation(
     _checks.check_divisible("v: channels", channels, "the weights' channels", shared)
     _checks.check_same_kind(v=v, weight=weight)
     implementation = choose(backend, IMPLEMENTATIONS, weight, v)
-    products = 2 * weight[:, 0].numel() * channels
     return _flops.counted(
         lambda weight, v: implementation.forward(weight, v, window, stride, dilation),
-        lambda: (products, 2 * products),
+        lambda: _flops.of_products(weight[:, 0].numel() * channels),
         weight,
         v,
     )
