@@ -250,21 +250,25 @@ def test_every_small_map(form: str, backend: str) -> None:
 COMPILER = {"native": "inductor", "tiled": "aot_eager"}
 
 
+def compile_layer(backend: str, dynamic: bool) -> tuple[ACmix2d, ACmix2d]:
+    """A layer, and compiled."""
+    torch.compiler.reset()
+    layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
+    by = COMPILER[backend]
+    return layer, torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=by)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.slow
 def test_compile(backend: str) -> None:
-    torch.compiler.reset()
-    layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=COMPILER[backend])
+    layer, compiled = compile_layer(backend, dynamic=False)
     check_compiled(layer, compiled, [(2, 7, 9)])
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.slow
 def test_compile_with_dynamic_sizes(backend: str) -> None:
-    torch.compiler.reset()
-    layer = make_layer(dtype=torch.float32, stride=2, backend=backend)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=COMPILER[backend])
+    layer, compiled = compile_layer(backend, dynamic=True)
     sizes = [(2, 7, 9), (3, 12, 10), (2, 33, 17)]
     # PyTorch recompiles nn.Conv2d itself for each size in training; in inference nothing may.
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
