@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmix import ACmix2d, ops
-from acmix.layers import PairwiseAttention, PatchwiseACmix
+from acmix.layers import PairwiseAttention, PatchwiseACmix, WindowACmix
 
 BACKENDS = ["reference", "tiled", "native"]
 
@@ -59,6 +59,16 @@ def test_layers(kind: type) -> None:
     first, *others = [counted(lambda layer=layer: layer(x)) for layer in layers]
     assert others == [first, first]
     assert min(first) > 0
+
+
+def test_windows_of_swin() -> None:
+    """By the CPU kernel and, in float64, without."""
+    found = set()
+    for dtype in (torch.float32, torch.float64):
+        layer = WindowACmix(8, heads=2, window_size=3, shift_size=1, dtype=dtype)
+        x = torch.randn(2, 5, 6, 8, dtype=dtype, requires_grad=True)
+        found.add(counted(lambda layer=layer, x=x: layer(x)))
+    assert len(found) == 1
 
 
 def test_gradients_are_those_that_are_not_counted() -> None:

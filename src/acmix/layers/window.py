@@ -11,9 +11,7 @@ from acmix.layers.convolution_path import ConvolutionPath, check_kind
 from acmix.layers.mix import MIXES, weigh
 from acmix.layers.shift import check_shift
 from acmix.ops import _checks
-from acmix.ops._dispatch import choose
-from acmix.ops.partition_attention import IMPLEMENTATIONS as ATTENTION
-from acmix.ops.partition_attention import tiled
+from acmix.ops.partition_attention import partition_attention
 from acmix.ops.shift_convolution import Projection
 
 
@@ -164,10 +162,8 @@ class WindowACmix(ConvolutionPath):
         dim)."""
         pieces = qkv.unflatten(-1, (3 * self.heads, self.head_dim)).permute(0, 3, 4, 1, 2)
         windows = (self._position_bias(), self.window_size, shift)
-        if self.training and self.attn_drop > 0:
-            out = tiled.forward(pieces, *windows, dropout=self.attn_drop)
-        else:
-            out = choose("auto", ATTENTION, pieces).forward(pieces, *windows)
+        dropout = self.attn_drop if self.training else 0.0
+        out = partition_attention(pieces, *windows, dropout)
         return out.permute(0, 3, 4, 1, 2).flatten(3)
 
     def _position_bias(self) -> Tensor:
