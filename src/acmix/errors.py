@@ -56,3 +56,10 @@ def one_line(error: Exception) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def few(names: Iterable[object], limit: int = 3) -> str:
+    """The first of a list, and how many more there are: no message grows with its list."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more

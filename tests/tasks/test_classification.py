@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from acmix.data import Digits
-from acmix.tasks.classification import Classification, is_convolutional
+from acmix.tasks.base import is_convolutional
+from acmix.tasks.classification import Classification
 
 DIGITS = [str(digit) for digit in range(10)]
 

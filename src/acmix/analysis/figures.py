@@ -273,6 +273,46 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
+def classes(rows: Sequence[Row]) -> Figure:
+    """Precision, recall and F1 of each class. Rows hold class, images, precision, recall, f1."""
+    figure = Figure(figsize=(9, 1.8 + 0.32 * len(rows)))
+    axes = figure.subplots()
+    places = np.arange(len(rows))
+    for column, colour, marker in (("precision", BLUE, ">"), ("recall", ORANGE, "<")):
+        values = [math.nan if row[column] is None else row[column] for row in rows]
+        axes.plot(values, places, marker, color=colour, label=column, markersize=8, alpha=0.9)
+    for place, row in zip(places, rows, strict=True):
+        ends = [row[column] for column in ("precision", "recall") if row[column] is not None]
+        axes.plot(ends, [place] * len(ends), color="#C8C8C8", zorder=1)
+    names = [f"{_short(row['class'], 24)} ({row['images']:,})" for row in rows]
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(-0.02, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    scores = [row["f1"] for row in rows if row["f1"] is not None]
+    axes.set_title(f"Held-out images by class (how many); mean F1 {np.mean(scores or [0.0]):.3f}")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def images(
+    pictures: Sequence[np.ndarray], names: Sequence[str], title: str, columns: int = 8
+) -> Figure:
+    """A grid of images (H, W) or (H, W, 3) in [0, 1], each below its name."""
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.6))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, picture, name in zip(grid, pictures, names, strict=False):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(_short(name, 16), loc="center", fontsize=9, fontweight="normal")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
 def attention(image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int]) -> Figure:
     """What one pixel of an image (H, W) or (H, W, 3) attends to in each layer.
 
@@ -407,3 +447,27 @@ def _note(text: str) -> Figure:
 def _say(axes: Axes, text: str) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def choose_shown(
+    truth: Sequence[int], predicted: Sequence[int], confidence: Sequence[float], limit: int
+) -> list[int]:
+    """Places of the predictions most worth a look: mistakes, then right ones, spread over classes.
+
+    Of each class the most confident come first; right ones take at least a quarter of the limit.
+    """
+    right = np.equal(truth, predicted)
+    shown = {False: _by_turns(truth, confidence, np.flatnonzero(~right))}
+    shown[True] = _by_turns(truth, confidence, np.flatnonzero(right))
+    wrong = shown[False][: limit - min(len(shown[True]), limit // 4)]
+    return [*wrong, *shown[True][: limit - len(wrong)]]
+
+
+def _by_turns(truth: Sequence[int], confidence: Sequence[float], places: np.ndarray) -> list[int]:
+    """The places, a class after the other in turns, the most confident of each first."""
+    turns: dict[int, int] = {}
+    ranked = []
+    for place in sorted(places.tolist(), key=lambda place: -confidence[place]):
+        turn = turns[truth[place]] = turns.get(truth[place], -1) + 1
+        ranked.append((turn, truth[place], place))
+    return [place for _, _, place in sorted(ranked)]

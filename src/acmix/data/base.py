@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
@@ -51,9 +52,17 @@ class ImageData(LightningDataModule):
     def val_set(self) -> Dataset[Sample]:
         """Held-out images, as (image (C, H, W), class) pairs."""
 
-    def test_set(self) -> Dataset[Sample]:
-        """Images for `acmix test` and `predict`: the held-out ones unless there are others."""
-        return self.val_set()
+    def test_set(self) -> Dataset[Sample] | None:
+        """Images for `acmix test`, as (image (C, H, W), class) pairs, where there are others."""
+        return None
+
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        classes = getattr(self.train_set(), "classes", None)
+        if classes is None:
+            raise ValueError("model.class_weights: expected numbers with shards, got balanced")
+        counts = Counter(classes)
+        return [counts[index] for index in range(len(self.class_names))]
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_set(), train=True)
@@ -62,10 +71,15 @@ class ImageData(LightningDataModule):
         return self._loader(self.val_set())
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.test_set())
+        images = self.test_set()
+        if images is None:
+            raise ValueError(
+                "data: expected test images, got none; acmix validate measures the held-out ones"
+            )
+        return self._loader(images)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.test_set())
+        return self._loader(self.test_set() or self.val_set())
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) -> the same in [0, 1], for pictures."""

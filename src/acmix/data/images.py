@@ -142,8 +142,8 @@ class Images(ImageData):
             self.train_images, self._divided(self.train_images)[1], self.eval_transform
         )
 
-    def test_set(self) -> Dataset[Sample]:
-        return self._whole("test") if self._find("test") else self.val_set()
+    def test_set(self) -> Dataset[Sample] | None:
+        return self._whole("test") if self._find("test") else None
 
     def _whole(self, part: str) -> Dataset[Sample]:
         images = self._open(part)

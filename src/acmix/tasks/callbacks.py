@@ -1,4 +1,4 @@
-"""What is kept while a network trains: its history, its predictions, its checkpoints."""
+"""What is kept while a network trains: its history and its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from acmix.analysis.paths import path_weights
 from acmix.tasks.sharding import here
@@ -57,7 +55,8 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every_n_steps = every_n_steps
         self.saved_step: int | None = None
-        self._terminated = False
+        self.within = False  # whether training ended, for now, within an epoch
+        self._terminated = self._stop_wanted = False
         self._loader_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(
@@ -84,6 +83,11 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             # Lightning's handler talks to the other processes from within the signal.
             signal.signal(signal.SIGTERM, self._on_sigterm)
+            if (
+                getattr(signal, "SIGHUP", None)
+                and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+            ):
+                signal.signal(signal.SIGHUP, self._on_sigterm)  # a terminal that was closed
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
         self._terminated = True
@@ -95,17 +99,33 @@ class LastCheckpoint(Checkpoint):
         bad_step = torch.where(finite, torch.inf, self._step + 1.0)
         self._first_bad = torch.minimum(self._first_bad, bad_step)
         if trainer.global_step == self._step:  # gradients are still being accumulated
+            self._put_off_the_end(trainer)
             return
         self._step = trainer.global_step
+        self.within = self._ends_here(trainer) and not trainer.is_last_batch
         due = self._step % self.every_n_steps == 0
-        if not due and pl_module.device.type != "cpu" and self._step % CHECK_EVERY:
+        now = due or self.within
+        if not now and pl_module.device.type != "cpu" and self._step % CHECK_EVERY:
             return
         stop = self._agree_to_stop(trainer)
         # An epoch's last step is saved once it was measured: a run goes on after that.
-        if (due or stop) and not trainer.is_last_batch:
+        if (now or stop) and not trainer.is_last_batch:
             self._save(trainer, pl_module)
             if stop:
                 raise SIGTERMException
+
+    def _put_off_the_end(self, trainer: Trainer) -> None:
+        """Gradients of a step that is not done are in no checkpoint: training ends after it."""
+        if trainer.should_stop:
+            trainer.should_stop, self._stop_wanted = False, True
+
+    def _ends_here(self, trainer: Trainer) -> bool:
+        """Whether this step is the last by `max_steps`, or since somebody asked to stop."""
+        trainer.should_stop = trainer.should_stop or self._stop_wanted
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # for a last validation
+            return True
+        return trainer.should_stop and trainer.fit_loop._can_stop_early
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -113,7 +133,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop = self._agree_to_stop(trainer)
-        self._save(trainer, pl_module)
+        if not self.within:  # else it was saved before this epoch was counted as one
+            self._save(trainer, pl_module)
         if stop and trainer.current_epoch + 1 != trainer.max_epochs:
             raise SIGTERMException
 
@@ -145,16 +166,19 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"the weights of step {self._step} are not finite; {self.last_good}")
 
 
-class TensorBoard(Callback):
-    """Loss and learning rate every few steps, and the rows of the history, for TensorBoard."""
+class StepLog(Callback):
+    """Loss and learning rate every few steps, for loggers; for TensorBoard the history too."""
 
-    def __init__(self, run: Path, history: History) -> None:
+    def __init__(self, run: Path, history: History, tensorboard: bool = True) -> None:
         self.run = run
         self.history = history
-        self._writer: SummaryWriter | None = None
+        self.tensorboard = tensorboard
+        self._writer: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.tensorboard and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            from torch.utils.tensorboard import SummaryWriter
+
             # What a killed run wrote after its last checkpoint is hidden.
             self._writer = SummaryWriter(
                 str(self.run / "tensorboard"), purge_step=trainer.global_step + 1
@@ -164,8 +188,11 @@ class TensorBoard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         batches = trainer.fit_loop.total_batch_idx + 1
-        if self._writer is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._write(trainer, {"loss": outputs["loss"], "lr": learning_rate(trainer)})
+        if batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = {"loss": float(outputs["loss"]), "lr": learning_rate(trainer)}
+            self._write(trainer, values)
+            for logger in trainer.loggers:  # rows of an epoch they have from Lightning
+                logger.log_metrics(values, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._writer is not None:
@@ -174,8 +201,9 @@ class TensorBoard(Callback):
             self._writer.flush()
 
     def _write(self, trainer: Trainer, values: Row) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, trainer.global_step)  # type: ignore[union-attr]
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._writer is not None:
@@ -193,6 +221,7 @@ class History(Callback):
         self.epochs: list[Row] = []
         self.mix: list[Row] = []
         self.trained = False  # whether an epoch ended in this process
+        self._validated: Row = {}  # what the latest validation of this epoch measured
         self._images = 0
         self._seconds = self._last = 0.0
 
@@ -204,6 +233,8 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.mix:
             self._record_mix(pl_module, epoch=0)
+        # What other callbacks look at, where a run goes on after a validation within an epoch.
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in self._validated.items()})
         self._last = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,10 +248,18 @@ class History(Callback):
         last, self._last = self._last, time.perf_counter()
         self._seconds += self._last - last
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self._validated = {k: float(v) for k, v in metrics if k.startswith("val_")}
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
         epoch = trainer.current_epoch + 1
-        metrics = {**trainer.callback_metrics, **pl_module.train_metrics()}  # type: ignore[operator]
+        # A measurement of an earlier epoch, which Lightning still has, is none of this one.
+        logged = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val_")}
+        metrics = {**logged, **self._validated, **pl_module.train_metrics()}  # type: ignore[operator]
+        self._validated = {}
         measured = {
             **{name: float(metrics[name]) for name in sorted(metrics)},
             "lr": learning_rate(trainer),
@@ -241,12 +280,13 @@ class History(Callback):
         self.mix += [{"epoch": epoch, **layer._asdict()} for layer in layers]
 
     def state_dict(self) -> dict[str, Any]:
-        so_far = {"images": self._images, "seconds": self._seconds}
+        so_far = {"images": self._images, "seconds": self._seconds, "validated": self._validated}
         return {"epochs": self.epochs, "mix": self.mix, **so_far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self.mix = list(state_dict["epochs"]), list(state_dict["mix"])
         self._images, self._seconds = state_dict["images"], state_dict["seconds"]
+        self._validated = state_dict.get("validated", {})
 
 
 def learning_rate(trainer: Trainer) -> float:
@@ -264,43 +304,3 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
-
-
-class HeldOut(Callback):
-    """Predictions of the latest validation: all classes, and images of some rights and wrongs."""
-
-    def __init__(self, keep: int = 48) -> None:
-        self.keep = keep
-        self._reset()
-
-    def _reset(self) -> None:
-        self.truth: list[int] = []
-        self.predicted: list[int] = []
-        self.confidence: list[float] = []
-        self.images: dict[int, Tensor] = {}
-        self._room = {True: self.keep, False: self.keep}
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._reset()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if trainer.sanity_checking:
-            return
-        images, classes = batch
-        confidence, predicted = (part.tolist() for part in outputs.max(dim=1))
-        for image, truth, guess in zip(images, classes.tolist(), predicted, strict=True):
-            if self._room[truth == guess]:
-                self._room[truth == guess] -= 1
-                self.images[len(self.truth)] = image.detach().cpu()
-            self.truth.append(truth)
-            self.predicted.append(guess)
-        self.confidence += confidence

@@ -1,4 +1,4 @@
-"""`acmix fit`, `validate`, `test` and `predict`: Lightning's CLI around classification."""
+"""`acmix fit`, `validate`, `test` and `predict`: Lightning's CLI around the tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import re
 import shlex
 import signal
 import sys
+import time
 import warnings
 from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import yaml
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -29,27 +31,22 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from acmix import data as data_kinds
-from acmix.data import ImageData
-from acmix.errors import UserError, one_line, user_errors
-from acmix.tasks import report
-from acmix.tasks.callbacks import (
-    HeldOut,
-    History,
-    LastCheckpoint,
-    TensorBoard,
-    WholeFileCheckpointIO,
-    write_csv,
-)
+from acmix.errors import UserError, did_you_mean, one_line, user_errors
+from acmix.ranges import check_ranges
+from acmix.tasks import loggers, report
+from acmix.tasks.base import Task
+from acmix.tasks.callbacks import History, LastCheckpoint, StepLog, WholeFileCheckpointIO, write_csv
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
 from acmix.tasks.options import explain_parser
 from acmix.tasks.progress import TrainingBar
+from acmix.tasks.run_folder import Lock, check_folder, is_run, move_earlier_run, named_folder
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
 NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available")
 TERMINATED = 128 + signal.SIGTERM
-KINDS = {name: getattr(data_kinds, name) for name in data_kinds.__all__ if name != "ImageData"}
+TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification,)}
 
 SUMMARIES = {
     "fit": "train a network; pictures, metrics and checkpoints go into the run folder",
@@ -83,11 +80,6 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's, with the examples left as they are written."""
 
 
-def named_folder(path: str) -> str:
-    """The path; one that ends in no name, such as ".", as the folder that it now stands for."""
-    return path if Path(path).name not in ("", "..") else str(Path(path).resolve())
-
-
 class RunFolder(Callback):
     """Touches the run folder only once network, optimizer and checkpoint are known to be good.
 
@@ -97,11 +89,16 @@ class RunFolder(Callback):
     def __init__(self, cli: TrainingCLI) -> None:
         self.cli = cli
         self.goes_on = False
+        self.lock = Lock(cli.run_folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before the loggers write, which may do so in this folder.
-        if trainer.is_global_zero and not self.goes_on and not trainer.fit_loop.skip:
+        if not trainer.is_global_zero or trainer.fit_loop.skip:
+            return
+        self.lock.check()
+        if not self.goes_on:
             move_earlier_run(self.cli.run_folder)
+        self.lock.take()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -112,7 +109,36 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             folder = self.cli.run_folder
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.cli.parser.save(self.cli.config, folder / "config.yaml", overwrite=True)
+            (folder / "summary.json").unlink(missing_ok=True)  # of a run that was shorter
+            self.cli.save_config(folder / "config.yaml")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        picture = self.cli.run_folder / "augmented.png"
+        if trainer.is_global_zero and trainer.global_step == batch_idx == 0:
+            report.draw(lambda: self.cli.model.draw_batch(self.cli.datamodule, batch), picture)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """By a name of its own, so that a run may have others of the class that watch the same."""
+
+
+class Patience(EarlyStopping):
+    """Stops where the task's measure was not better for so many epochs.
+
+    A run that stopped so is finished, unless it goes on with more patience.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.used_up
+
+    @property
+    def used_up(self) -> bool:
+        return self.wait_count >= self.patience
 
 
 class TrainingCLI(LightningCLI):
@@ -120,10 +146,11 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
+        self.task = TASKS[task_of_args(args)]
         positional = "" if command == "fit" else " RUN_OR_CHECKPOINT"
         super().__init__(
-            Classification,
-            ImageData,
+            self.task,
+            self.task.data_class,
             subclass_mode_data=True,
             args=args,
             run=False,
@@ -148,6 +175,9 @@ class TrainingCLI(LightningCLI):
         return Path(self.config["run"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--task", type=str, default=self.task.task, help=f"one of {', '.join(TASKS)}"
+        )
         parser.add_argument("--run", type=str, default="runs/fit", help="folder of this run")
         parser.add_argument(
             "--threads",
@@ -163,20 +193,34 @@ class TrainingCLI(LightningCLI):
             default=500,
             help="steps from one last.ckpt to the next within an epoch",
         )
+        parser.add_argument(
+            "--patience",
+            type=PositiveInt | None,
+            help=f"stop after so many epochs without a better {self.task.monitor}",
+        )
+        parser.add_argument(
+            "--logger",
+            type=Literal[loggers.NAMES],
+            default="tensorboard",
+            help="where losses and measures go beside metrics.csv",
+        )
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        kinds = data_of(self.task)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             options = [action.dest for action in parser._actions]
-            message = explain_parser(str(error), options, KINDS)
+            message = explain_parser(str(error), options, kinds)
             hint = f" ({HINTS[self.command]})" if "are required" in message else ""
             raise UserError(message + hint) from error
         folder = named_folder(self.config["run"])
         self.config["run"] = self.config["trainer"]["default_root_dir"] = folder
+        check_ranges(Task.__init__, self.config["model"], "model.")
+        check_ranges(self.task.__init__, self.config["model"], "model.")
 
     def before_instantiate_classes(self) -> None:
         if threads := self.config["threads"]:
@@ -188,8 +232,14 @@ class TrainingCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if self.command == "fit":
             callbacks += self._fit_callbacks(chosen)
+            if logger := loggers.create_logger(self.config["logger"], self.run_folder):
+                kwargs["logger"] = logger
+        else:
+            self.speed = Speed()
+            callbacks.append(self.speed)
         try:
             trainer = super().instantiate_trainer(
+                **kwargs,
                 callbacks=callbacks,
                 plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()],
                 use_distributed_sampler=False,  # our loaders divide the images among processes
@@ -207,26 +257,53 @@ class TrainingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.datamodule.seed = self.model.seed = int(self.config["seed_everything"])
 
+    def save_config(self, path: Path) -> None:
+        """The options of the run, to do it again from any folder."""
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        for name in ("source", "root"):
+            if name in config["data"].get("init_args", {}) and hasattr(self.datamodule, name):
+                config["data"]["init_args"][name] = getattr(self.datamodule, name)
+        start = config["model"]["warm_start"]
+        if start and Path(start).is_file():
+            config["model"]["warm_start"] = str(Path(start).resolve())
+        self.parser.save(config, path, overwrite=True)
+
     def _fit_callbacks(self, chosen: Any) -> list[Callback]:
         self.folder, self.history = RunFolder(self), History(self.run_folder)
-        self.held_out = HeldOut()
+        self.held_out = self.model.create_held_out()
         callbacks: list[Callback] = [self.folder, self.history, self.held_out]
-        callbacks.append(TensorBoard(self.run_folder, self.history))
+        tensorboard = self.config["logger"] == "tensorboard"
+        callbacks.append(StepLog(self.run_folder, self.history, tensorboard))
         if chosen.enable_progress_bar is not False:
-            callbacks.append(TrainingBar(self.history))
+            callbacks.append(TrainingBar(self.history, self.task.monitor))
+        self.patience = self.last = None
+        if patience := self.config["patience"]:
+            self.patience = Patience(self.task.monitor, mode="max", patience=patience)
+            callbacks.append(self.patience)
         if chosen.enable_checkpointing is not False:
             checkpoints = self.run_folder / "checkpoints"
-            best = ModelCheckpoint(
+            best = BestCheckpoint(
                 checkpoints,
                 filename="best",
-                monitor="val_accuracy",
+                monitor=self.task.monitor,
                 mode="max",
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
             )
-            last = LastCheckpoint(checkpoints / "last.ckpt", self.config["every_n_steps"])
-            callbacks += [best, last]
+            self.last = LastCheckpoint(checkpoints / "last.ckpt", self.config["every_n_steps"])
+            callbacks += [best, self.last]
         return callbacks
+
+
+def data_of(task: type[Task]) -> dict[str, type]:
+    """The kinds of data that a task takes, by name."""
+    kinds = {name: getattr(data_kinds, name) for name in data_kinds.__all__}
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if issubclass(kind, task.data_class) and kind is not task.data_class
+    }
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -288,6 +365,31 @@ def expand_run(args: list[str]) -> list[str]:
     ]
 
 
+def task_of_args(args: list[str]) -> str:
+    """`--task`, else that of the last configuration which names one."""
+    options = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-c", "--config", action="append", default=[])
+    options.add_argument("--task")
+    try:
+        given, _ = options.parse_known_args(args)
+    except ArgumentError:
+        return Classification.task  # a value is missing, which the whole parser says better
+    named = [given.task] if given.task is not None else [task_of_config(f) for f in given.config]
+    task = next((task for task in reversed(named) if task is not None), Classification.task)
+    if task not in TASKS:
+        offer = did_you_mean(str(task), TASKS)
+        raise UserError(f"task: expected {' or '.join(TASKS)}, got {task!r}{offer}")
+    return task
+
+
+def task_of_config(path: str) -> Any:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # which the whole parser says better
+    return content.get("task") if isinstance(content, dict) else None
+
+
 def run_of_config(args: list[str]) -> list[str]:
     """The `config.yaml` of a run -> `--run` with the folder where it lies, unless one is given.
 
@@ -311,11 +413,16 @@ def fit(cli: TrainingCLI) -> None:
     summary = train(cli)
     if summary is not None:
         report.show(cli.run_folder, summary, console())
+        if "failed" in summary:
+            raise SystemExit(1)
 
 
 def train(cli: TrainingCLI) -> dict[str, Any] | None:
     """Train and write what a run leaves; its summary, or None where there was nothing to do."""
-    folder, checkpoint = cli.run_folder, _checkpoint_to_go_on_from(cli)
+    folder = cli.run_folder
+    if cli.trainer.is_global_zero:
+        cli.folder.lock.check()
+    checkpoint = _checkpoint_to_go_on_from(cli)
     if checkpoint is not None:
         check_checkpoint(checkpoint, cli.model)
         cli.model.goes_on = True
@@ -323,27 +430,40 @@ def train(cli: TrainingCLI) -> dict[str, Any] | None:
     if cli.trainer.is_global_zero and not cli.folder.goes_on:
         check_folder(folder)
     try:
+        _train(cli, checkpoint)
+        return _report(cli) if cli.trainer.is_global_zero else None
+    finally:
+        cli.folder.lock.release()
+
+
+def _train(cli: TrainingCLI, checkpoint: Path | None) -> None:
+    try:
         cli.trainer.fit(
             cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
         )
     except SIGTERMException as stop:
         if cli.trainer.is_global_zero:
-            print(_what_is_saved(cli), file=sys.stderr)
+            print(f"Stopped {_what_is_saved(cli)}", file=sys.stderr)
         raise SystemExit(TERMINATED) from stop
     except SystemExit as stop:
         if cli.trainer.interrupted:
-            raise KeyboardInterrupt(_what_is_saved(cli)) from stop
+            raise KeyboardInterrupt(f"Stopped {_what_is_saved(cli)}") from stop
         raise
-    if not cli.trainer.is_global_zero:
-        return None
+
+
+def _report(cli: TrainingCLI) -> dict[str, Any] | None:
     # A run that was killed after its last epoch still lacks its report.
-    reported = (folder / "summary.json").is_file() or not cli.history.epochs
+    reported = (cli.run_folder / "summary.json").is_file() or not cli.history.epochs
     if not cli.history.trained and reported:
         print(_why_nothing_was_trained(cli))
         return None
+    if cli.last is not None and cli.last.within:
+        print(f"Ended {_what_is_saved(cli)}", file=sys.stderr)
+    loader: Any = cli.trainer.train_dataloader
+    images = len(getattr(loader.dataset, "stream", loader.dataset))
     config = json.loads(cli.parser.dump(cli.config, format="json"))
-    finished = report.Finished(cli.model, cli.datamodule, cli.history, cli.held_out, config)
-    return report.write(folder, finished)
+    finished = report.Finished(cli.model, cli.datamodule, cli.history, cli.held_out, images, config)
+    return report.write(cli.run_folder, finished)
 
 
 def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:
@@ -360,7 +480,7 @@ def _checkpoint_to_go_on_from(cli: TrainingCLI) -> Path | None:
     return chosen and Path(chosen)
 
 
-def check_checkpoint(path: Path, model: Classification) -> None:
+def check_checkpoint(path: Path, model: Task) -> None:
     """Before any work: a file that cannot be read or holds another network raises `UserError`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -372,42 +492,24 @@ def check_checkpoint(path: Path, model: Classification) -> None:
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `acmix fit` made the folder: `checkpoints` beside a `config.yaml` with its keys."""
-    config = folder / "config.yaml"
-    if not (config.is_file() and (folder / "checkpoints").is_dir()):
-        return False
-    keys = {line.split(":")[0] for line in config.read_text(errors="replace").splitlines()}
-    return keys >= {"data", "model", "run", "trainer"}
-
-
-def check_folder(folder: Path) -> None:
-    """A folder with anything but an earlier run in it raises `UserError`."""
-    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
-        raise UserError(f"run: {folder} is not empty and no run of acmix")
-
-
-def move_earlier_run(folder: Path) -> None:
-    """A run already in the folder keeps its files under the first free name FOLDER.1, .2, ..."""
-    if not is_run(folder):
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    print(f"{folder} held an earlier run, which is now {aside}", file=sys.stderr)
-
-
 def _why_nothing_was_trained(cli: TrainingCLI) -> str:
-    done, wanted = len(cli.history.epochs), cli.trainer.max_epochs
+    trainer, done = cli.trainer, len(cli.history.epochs)
+    finished = f"{cli.run_folder}: already finished"
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return f"{finished} (step {trainer.global_step} of {trainer.max_steps})"
+    if cli.patience is not None and cli.patience.used_up:
+        return f"{finished} ({cli.patience.wait_count} epochs without a better {cli.task.monitor})"
+    if any(isinstance(of, Timer) and of.time_remaining() == 0 for of in trainer.callbacks):  # type: ignore[attr-defined]
+        return f"{finished} (trainer.max_time is over)"
     if done:
-        return f"{cli.run_folder}: already finished ({done} of {wanted} epochs)"
+        return f"{finished} ({done} of {trainer.max_epochs} epochs)"
     return "nothing was trained: the trainer's limits leave no epoch or no batch"
 
 
 def _what_is_saved(cli: TrainingCLI) -> str:
     last = cli.run_folder / "checkpoints" / "last.ckpt"
-    where = f"Stopped in epoch {cli.trainer.current_epoch + 1} of {cli.trainer.max_epochs}"
+    epochs = cli.trainer.max_epochs or -1
+    where = f"in epoch {cli.trainer.current_epoch + 1}" + (f" of {epochs}" if epochs > 0 else "")
     if not last.is_file():
         return f"{where}; no checkpoint is saved yet."
     step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
@@ -415,6 +517,30 @@ def _what_is_saved(cli: TrainingCLI) -> str:
         f"{where}; {last} holds step {step}. Go on with: "
         f"acmix fit --config {shlex.quote(f'{cli.run_folder}/config.yaml')} --ckpt_path last"
     )
+
+
+class Speed(Callback):
+    """Images/s of an evaluation, loading included; the first batch, which warms up, is left out."""
+
+    def __init__(self) -> None:
+        self.images, self.started, self.ended = 0, 0.0, 0.0
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.images / (self.ended - self.started) if self.images else None
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, args[2])
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, args[2])
+
+    def _count(self, trainer: Trainer, batch: Any) -> None:
+        self.ended = time.perf_counter()
+        if self.started:
+            self.images += len(batch[0]) * trainer.world_size
+        else:
+            self.started = self.ended
 
 
 def evaluate(cli: TrainingCLI) -> None:
@@ -427,9 +553,13 @@ def evaluate(cli: TrainingCLI) -> None:
         weights_only=True,
         verbose=False,
     )
+    if not cli.trainer.is_global_zero:
+        return
     for name, value in metrics.items():
         shown = f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
-        print(f"{name:16}{shown}")
+        print(f"{name:20}{shown}")
+    if speed := cli.speed.images_per_second:
+        print(f"{'images/s':20}{speed:,.0f}")
 
 
 def predict(cli: TrainingCLI) -> None:

@@ -19,9 +19,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class TrainingBar(ProgressBar):
     """One bar over all epochs, which Lightning's bars lack; lines where there is no terminal."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, monitor: str) -> None:
         super().__init__()
-        self.history = history
+        self.history, self.monitor = history, monitor
         self._console = Console(stderr=True)
         self._enabled = True
         self._updated = self._printed = 0.0
@@ -92,8 +92,8 @@ class TrainingBar(ProgressBar):
 
     def _update(self, trainer: Trainer, loss: float) -> None:
         epochs = trainer.max_epochs or -1
-        accuracy = trainer.callback_metrics.get("val_accuracy")
-        held_out = f"  held-out {float(accuracy):.1%}" if accuracy is not None else ""
+        measured = trainer.callback_metrics.get(self.monitor)
+        held_out = f"  held-out {float(measured):.1%}" if measured is not None else ""
         self._bar.update(
             self._task,
             description=f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else ""),

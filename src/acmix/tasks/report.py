@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import timm
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from acmix.analysis import environment, figures
 from acmix.data import ImageData
-from acmix.tasks.callbacks import HeldOut, History
-from acmix.tasks.classification import Classification
+from acmix.errors import one_line
+from acmix.tasks.base import Task
+from acmix.tasks.callbacks import History, write_csv
+from acmix.tasks.held_out import HeldOut
 
-SHOWN = 40
-MOST_CONFUSED = 50  # classes: more are too small to read
 FILES = {
     "loss and accuracy": ["curves.png"],
     "alpha, beta by layer": ["mix.png"],
-    "right and wrong": ["predictions.png", "confusion.png"],
-    "numbers": ["metrics.csv", "mix.csv", "summary.json"],
+    "right and wrong": ["predictions.png", "confusion.png", "classes.png"],
+    "what it learned from": ["augmented.png"],
+    "numbers": ["metrics.csv", "classes.csv", "mix.csv", "summary.json"],
     "checkpoint": ["checkpoints/last.ckpt"],
     "every step": ["tensorboard"],
 }
@@ -34,47 +37,61 @@ FILES = {
 class Finished(NamedTuple):
     """What a run knows at its end."""
 
-    network: Classification
+    network: Task
     data: ImageData
     history: History
     held_out: HeldOut
+    train_images: int
     config: dict[str, Any]
 
 
 def write(run: Path, finished: Finished) -> dict[str, Any]:
-    """Write the pictures and `summary.json` into the run folder; return the summary."""
-    _, data, history, held_out, _ = finished
-    figures.save(figures.curves(history.epochs), run / "curves.png")
-    figures.save(figures.mix(history.mix), run / "mix.png")
-    if held_out.truth:
-        figures.save(draw_predictions(data, held_out), run / "predictions.png")
-        if len(data.class_names) <= MOST_CONFUSED:
-            from sklearn.metrics import confusion_matrix  # half a second
+    """Write summary, tables and pictures into the run folder; return the summary.
 
-            counts = confusion_matrix(
-                held_out.truth, held_out.predicted, labels=range(len(data.class_names))
-            )
-            figures.save(figures.confusion(counts, data.class_names), run / "confusion.png")
+    Its entry "failed" names the pictures that could not be drawn, if any.
+    """
+    _, data, history, held_out, _, _ = finished
     summary = summarise(finished)
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    path = run / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    for name, rows in held_out.tables(data).items():
+        write_csv(run / name, rows)
+    pictures: dict[str, Callable[[], Figure]] = {
+        "curves.png": lambda: figures.curves(history.epochs),
+        **held_out.pictures(data),
+    }
+    if history.mix:
+        pictures["mix.png"] = lambda: figures.mix(history.mix)
+    failed = [name for name, make in pictures.items() if not draw(make, run / name)]
+    return {**summary, "failed": failed} if failed else summary
+
+
+def draw(make: Callable[[], Figure], path: Path) -> bool:
+    """Make and save a picture; one that cannot be is named, for none may cost a run its report."""
+    try:
+        figures.save(make(), path)
+    except Exception as error:  # of fonts, names and images, matplotlib raises anything
+        print(f"{path} could not be drawn: {one_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def summarise(finished: Finished) -> dict[str, Any]:
-    network, data, history, held_out, config = finished
+    network, data, history, held_out, train_images, config = finished
     last = history.epochs[-1] if history.epochs else {}
     return {
+        "task": network.task,
         "model": config["model"]["name"],
         "parameters": network.size,
         "classes": data.class_names,
-        "train_images": last.get("images", 0),
-        "held_out_images": len(held_out.truth),
+        "train_images": train_images,
+        "held_out_images": len(held_out),
         "epochs": last.get("epoch", 0),
         "steps": last.get("step", 0),
         "seed": config["seed_everything"],
-        **{name: value for name, value in last.items() if name.endswith(("_loss", "_accuracy"))},
-        "train_seconds": sum(row["train_seconds"] for row in history.epochs),
+        **{name: value for name, value in last.items() if name.startswith(("train_", "val_"))},
         "images_per_second": median([row["images_per_second"] for row in history.epochs] or [0.0]),
+        "train_seconds": sum(row["train_seconds"] for row in history.epochs),
         "versions": environment.versions(),
         "commit": environment.commit(),
         "devices": environment.devices(),
@@ -82,35 +99,12 @@ def summarise(finished: Finished) -> dict[str, Any]:
     }
 
 
-def draw_predictions(data: ImageData, held_out: HeldOut) -> figures.Figure:
-    """The held-out images of the last validation, mistakes first, up to SHOWN of them."""
-    pairs = list(zip(held_out.truth, held_out.predicted, strict=True))
-    wrong = sum(truth != predicted for truth, predicted in pairs)
-    kept = sorted(held_out.images, key=lambda index: pairs[index][0] == pairs[index][1])[:SHOWN]
-    names = data.class_names
-    mistakes = "1 mistake" if wrong == 1 else f"{wrong} mistakes"
-    shown = "first" if wrong <= SHOWN else f"in part ({SHOWN})"
-    return figures.predictions(
-        [to_picture(data, held_out.images[index]) for index in kept],
-        [names[pairs[index][0]] for index in kept],
-        [names[pairs[index][1]] for index in kept],
-        [held_out.confidence[index] for index in kept],
-        title=f"{mistakes} in {len(pairs)} held-out images, shown {shown}; "
-        "above each the prediction and its confidence",
-    )
-
-
-def to_picture(data: ImageData, image: Tensor) -> Any:
-    """A normalised image (C, H, W) -> (H, W) or (H, W, 3) in [0, 1]."""
-    pixels = data.to_pixels(image[None])[0].permute(1, 2, 0).numpy()
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-
-
 def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     """The table at the end of a run, of what there is, and commands to go on with."""
+    epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
     rows = {
         "network": f"{summary['model']}, {summary['parameters']:,} parameters",
-        "training": f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, "
+        "training": f"{epochs} in {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",
     }
     if "val_accuracy" in summary:
