@@ -41,6 +41,17 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class StopAt(Callback):
+    """Asks the trainer to stop once `batches` batches of the run are done, as a timer does."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.should_stop = True
+
+
 def signal_at(step, number=signal.SIGTERM):
     callback = {"": "tasks.runs.SignalAt", ".step": step, ".number": int(number)}
     return [f"--trainer.callbacks{key}={value}" for key, value in callback.items()]

@@ -132,7 +132,7 @@ def fitted(trainer=(), steps=6, **options):
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_epochs": 2}, {"max_steps": 12, "max_epochs": -1}, {"max_steps": 12, "max_epochs": 50}],
+    [{"max_epochs": 2}, {"max_steps": 12, "max_epochs": -1}, {"max_steps": 12, "max_epochs": 2}],
     ids=str,
 )
 def test_a_schedule_ends_where_training_does(limits, monkeypatch):
@@ -146,7 +146,15 @@ def test_a_schedule_ends_where_training_does(limits, monkeypatch):
     assert len(rates) == 12
     assert rates[:3] == sorted(rates[:3])
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[-1] == pytest.approx(0.0, abs=1e-6) != rates[-2]
+    assert rates[-2] > rates[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_another_limit_leaves_the_schedule_as_it_is():
+    """So that what ended early goes on to what it would have been."""
+    ends = {"max_steps": 3, "limit_train_batches": 6}
+    cut, whole = (fitted({"max_epochs": 2, **more}, lr=1.0)[1] for more in (ends, {}))
+    one, two = (run.lr_scheduler_configs[0].scheduler for run in (cut, whole))
+    assert [one._get_lr(step) for step in range(12)] == [two._get_lr(step) for step in range(12)]
 
 
 def test_a_schedule_without_an_end_is_refused():

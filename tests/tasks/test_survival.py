@@ -15,6 +15,7 @@ from tasks.runs import (
     arguments,
     assert_same_end,
     checkpoint_of,
+    differences,
     ended,
     fit,
     rows_of,
@@ -89,6 +90,76 @@ def test_a_stopped_run_ends_with_the_same_bits(
     options = {**STATEFUL, "data.num_workers": workers}
     assert fit(run, options, "--ckpt_path=last") == 0
     assert_same_end(run, undisturbed)
+
+
+def stop_at(batches):
+    return ("--trainer.callbacks=tasks.runs.StopAt", f"--trainer.callbacks.batches={batches}")
+
+
+ENDS = {
+    "steps": ({"trainer.max_steps": 6}, (), 6),
+    "steps at the end of an epoch": ({"trainer.max_steps": 11}, (), 11),
+    "a callback": ({}, stop_at(14), 14),
+    "time": ({"trainer.max_time": "00:00:00:01"}, (), None),
+}
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+@pytest.mark.slow
+def test_a_run_that_ended_early_goes_on_to_the_same_bits(undisturbed, tmp_path, capsys, name):
+    options, more, step = ENDS[name]
+    run = tmp_path / "run"
+    assert fit(run, {**STATEFUL, **options}, *more) == 0
+    held = checkpoint_of(run)["global_step"]
+    assert held == step if step else 0 < held < 22
+    assert json.loads((run / "summary.json").read_text())["steps"] == held
+    assert float(rows_of(run)[-1]["val_accuracy"]) > 0  # measured where it ended
+    capsys.readouterr()
+    if not more:  # with the same limit there is nothing left to do
+        assert fit(run, {**STATEFUL, **options}, "--ckpt_path=last") == 0
+        assert capsys.readouterr().out.startswith(f"{run}: already finished (")
+        assert checkpoint_of(run)["global_step"] == held
+    assert fit(run, STATEFUL, "--ckpt_path=last") == 0
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_an_end_asked_for_between_two_batches_of_a_step_comes_after_it(tmp_path):
+    """Gradients that wait for the rest of their step are in no checkpoint."""
+    options = {**STATEFUL, "trainer.accumulate_grad_batches": 3, "trainer.max_epochs": 1}
+    assert fit(tmp_path / "whole", options) == 0
+    assert fit(tmp_path / "run", options, *stop_at(4)) == 0
+    assert checkpoint_of(tmp_path / "run")["global_step"] == 2
+    assert fit(tmp_path / "run", options, "--ckpt_path=last") == 0
+    one, two = checkpoint_of(tmp_path / "run"), checkpoint_of(tmp_path / "whole")
+    assert one["global_step"] == two["global_step"] == 4
+    assert differences(one["state_dict"], two["state_dict"]) == []
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_patience_stops_and_more_patience_goes_on(tmp_path, capsys):
+    stuck = {**GLOBAL_BATCH, "model.lr": 0, "trainer.max_epochs": 6}
+    run = tmp_path / "run"
+    assert fit(run, {**stuck, "patience": 1}) == 0
+    assert [row["epoch"] for row in rows_of(run)] == ["1", "2"]
+    capsys.readouterr()
+    assert fit(run, {**stuck, "patience": 1}, "--ckpt_path=last") == 0
+    assert "(1 epochs without a better val_accuracy)" in capsys.readouterr().out
+    assert fit(run, {**stuck, "patience": 2}, "--ckpt_path=last") == 0
+    assert [row["epoch"] for row in rows_of(run)] == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+def test_validations_within_an_epoch_leave_the_same_rows(tmp_path):
+    """Killed after one, the rest of the epoch still knows what it measured."""
+    options = {**STATEFUL, "trainer.val_check_interval": 7, "every_n_steps": 2}
+    assert fit(tmp_path / "whole", options) == 0
+    killed = start(tmp_path / "run", options, *signal_at(9, signal.SIGKILL))
+    assert ended(killed)[0] == -signal.SIGKILL
+    assert checkpoint_of(tmp_path / "run")["global_step"] == 8
+    assert fit(tmp_path / "run", options, "--ckpt_path=last") == 0
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -103,8 +103,8 @@ class Task(LightningModule):
             lr_batch_size: Images a step, over all processes, that `lr` is meant for: it grows in
                 proportion to the images a step there are. Without it, `lr` is taken as it is.
             sched: Schedule of the learning rate, as `timm.scheduler.create_scheduler_v2` knows
-                it, set anew at every step; it ends where `trainer.max_epochs` or
-                `trainer.max_steps` does.
+                it, set anew at every step. It ends with `trainer.max_epochs`, or where these
+                are -1 with `trainer.max_steps`.
             warmup_epochs: Epochs, or a fraction, in which the learning rate rises, part of the
                 whole.
             warmup_steps: The same in steps.
@@ -260,16 +260,9 @@ class Task(LightningModule):
 
     def _create_scheduler(self, optimizer: torch.optim.Optimizer) -> Scheduler | None:
         """timm's schedule in steps; what its options count in epochs, too."""
-        hp, steps = self.hparams, self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            if hp["sched"] not in WITHOUT_END:
-                raise ValueError(
-                    "trainer.max_epochs, trainer.max_steps: expected an end of the schedule "
-                    f"{hp['sched']} (model.sched), got none"
-                )
-            steps = self._steps_an_epoch()
-        an_epoch = self._steps_an_epoch()
-        epochs, warmup = steps / an_epoch, hp["warmup_steps"] / an_epoch or hp["warmup_epochs"]
+        hp, an_epoch = self.hparams, self._steps_an_epoch()
+        epochs = self._epochs(an_epoch)
+        warmup = hp["warmup_steps"] / an_epoch or hp["warmup_epochs"]
         with naming("sched_kwargs"):
             scheduler, _ = create_scheduler_v2(
                 optimizer,
@@ -283,7 +276,20 @@ class Task(LightningModule):
             )
         return scheduler
 
+    def _epochs(self, steps_an_epoch: int) -> float:
+        """Of the schedule: what `max_epochs` says, though other limits may end a run within it."""
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        if epochs > 0:
+            return epochs
+        if steps < 0 and self.hparams["sched"] not in WITHOUT_END:
+            raise ValueError(
+                "trainer.max_epochs, trainer.max_steps: expected an end of the schedule "
+                f"{self.hparams['sched']} (model.sched), got none"
+            )
+        return max(steps, 1) / steps_an_epoch
+
     def _steps_an_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()  # else not counted yet
         batches, of_step = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         return max(1, -(-int(batches) // of_step)) if batches != float("inf") else 1
 

@@ -279,7 +279,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(TrainingBar(self.history, self.task.monitor))
         self.patience = self.last = None
         if patience := self.config["patience"]:
-            self.patience = Patience(self.task.monitor, mode="max", patience=patience)
+            self.patience = Patience(self.task.monitor, mode="max", patience=int(patience))
             callbacks.append(self.patience)
         if chosen.enable_checkpointing is not False:
             checkpoints = self.run_folder / "checkpoints"
@@ -457,8 +457,8 @@ def _report(cli: TrainingCLI) -> dict[str, Any] | None:
     if not cli.history.trained and reported:
         print(_why_nothing_was_trained(cli))
         return None
-    if cli.last is not None and cli.last.within:
-        print(f"Ended {_what_is_saved(cli)}", file=sys.stderr)
+    if cli.last is not None and cli.last.within and cli.trainer.max_steps < 0:
+        print(f"Ended {_what_is_saved(cli, len(cli.history.epochs))}", file=sys.stderr)
     loader: Any = cli.trainer.train_dataloader
     images = len(getattr(loader.dataset, "stream", loader.dataset))
     config = json.loads(cli.parser.dump(cli.config, format="json"))
@@ -499,17 +499,22 @@ def _why_nothing_was_trained(cli: TrainingCLI) -> str:
         return f"{finished} (step {trainer.global_step} of {trainer.max_steps})"
     if cli.patience is not None and cli.patience.used_up:
         return f"{finished} ({cli.patience.wait_count} epochs without a better {cli.task.monitor})"
-    if any(isinstance(of, Timer) and of.time_remaining() == 0 for of in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(of, Timer) and _is_over(of) for of in trainer.callbacks):  # type: ignore[attr-defined]
         return f"{finished} (trainer.max_time is over)"
     if done:
         return f"{finished} ({done} of {trainer.max_epochs} epochs)"
     return "nothing was trained: the trainer's limits leave no epoch or no batch"
 
 
-def _what_is_saved(cli: TrainingCLI) -> str:
+def _is_over(timer: Timer) -> bool:
+    left = timer.time_remaining()
+    return left is not None and left <= 0
+
+
+def _what_is_saved(cli: TrainingCLI, epoch: int | None = None) -> str:
     last = cli.run_folder / "checkpoints" / "last.ckpt"
-    epochs = cli.trainer.max_epochs or -1
-    where = f"in epoch {cli.trainer.current_epoch + 1}" + (f" of {epochs}" if epochs > 0 else "")
+    epochs, epoch = cli.trainer.max_epochs or -1, epoch or cli.trainer.current_epoch + 1
+    where = f"in epoch {epoch}" + (f" of {epochs}" if epochs > 0 else "")
     if not last.is_file():
         return f"{where}; no checkpoint is saved yet."
     step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
