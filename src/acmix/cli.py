@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from importlib import metadata
 from importlib.util import find_spec
@@ -63,7 +64,7 @@ TRAIN_PACKAGES = {
 }
 # Options that `predict` has for images alone.
 OF_IMAGES = (
-    *("-h", "--help", "--top", "--format", "--explain", "--pixel", "--layers"),
+    *("-h", "--help", "--top", "--format", "--flip", "--explain", "--pixel", "--layers"),
     *("--weights", "--classes", "--batch_size", "--device"),
 )
 TRAINING = ("fit", "validate", "test", "predict", "ablate")
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(f"{' '.join(['acmix', *args[:1]])}: {error}", 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        return 141
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "Stopped; nothing was saved.", 130)
 

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*^\w+: (?P<reason>.*)", re.S | re.M)
 
+LONGEST = 600  # letters of a message: others' hold whole lists
+
 
 class UserError(Exception):
     """A mistake of the user: the message says in one line what was expected and what came."""
@@ -40,17 +42,20 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of these kinds into a `UserError` of one line."""
     try:
         yield
+    except BrokenPipeError:  # of stdout: its reader has seen enough
+        raise
     except kinds as error:
         raise UserError(one_line(error)) from error
 
 
 def one_line(error: Exception) -> str:
-    """What it says; of the traceback from a process that loads images, the end."""
+    """What it says, cut where it is long; of the traceback of another process, the end."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = str(error)
+    message = str(error) or type(error).__name__
     from_worker = WORKER.search(message)
-    return " ".join((from_worker["reason"] if from_worker else message).split())
+    text = " ".join((from_worker["reason"] if from_worker else message).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} [...] {text[-90:]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ class Range(NamedTuple):
         return over and under and math.isfinite(value)
 
     def __str__(self) -> str:
+        if self == Range():
+            return "a finite number"
         if self.above:
             upper = f", {'below' if self.below else 'at most'} {self.high:g}"
             return f"above {self.low:g}" + (upper if self.high < math.inf else "")
@@ -29,11 +31,13 @@ class Range(NamedTuple):
         return f"{self.low:g} to {'below ' if self.below else ''}{self.high:g}"
 
 
+Number = Annotated[float, Range()]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Part = Annotated[float, Range(0, 1)]
 PartBelowOne = Annotated[float, Range(0, 1, below=True)]
 PositivePart = Annotated[float, Range(0, 1, above=True)]
+PositivePartBelowOne = Annotated[float, Range(0, 1, above=True, below=True)]
 Count = Annotated[int, Range(0)]
 PositiveCount = Annotated[int, Range(1)]
 

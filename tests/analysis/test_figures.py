@@ -64,10 +64,9 @@ def test_mix_of_missing_zero_and_negative_weights(tmp_path, alpha, beta):
     drawn(figures.mix(mix_rows(2, alpha=alpha, beta=beta)), tmp_path / "mix.png")
 
 
-def test_mix_without_layers_says_so(tmp_path):
-    figure = figures.mix([])
-    drawn(figure, tmp_path / "mix.png")
-    assert "no layer" in figure.axes[0].texts[0].get_text()
+def test_mix_without_layers_is_refused():
+    with pytest.raises(ValueError, match="expected layers that mix"):
+        figures.mix([])
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.499), (None, 1.0), (0.0, 0.0)])
@@ -125,7 +124,7 @@ def test_views_of_an_image(tmp_path, shape, layers):
     view = LayerView("layer", (1, 1), weights, torch.full((2, 2), 0.25))
     image = np.full(shape, 0.5)
     for figure in (
-        figures.attention(image, [view] * layers, (3, 3)),
+        figures.attention(image, [view] * layers, (3, 3), "row 3"),
         figures.shares(image, [view] * layers),
     ):
         drawn(figure, tmp_path / "views.png")
@@ -136,7 +135,7 @@ def test_views_of_an_image(tmp_path, shape, layers):
 
 def test_attention_of_no_layer_says_so():
     view = LayerView("layer", (0, 0), None, torch.zeros(2, 2))
-    figure = figures.attention(np.zeros((8, 8)), [view], (0, 0))
+    figure = figures.attention(np.zeros((8, 8)), [view], (0, 0), "")
     assert "No layer" in figure.axes[0].texts[0].get_text()
 
 

@@ -170,9 +170,13 @@ FIT += ["--model.name=resnet11_tiny_conv", "--trainer.max_epochs=1", "--trainer.
 @pytest.mark.parametrize(
     ("source", "options", "said"),
     [
-        ("missing", [], "data.source: expected a folder, torchvision/, hfds/ or wds/"),
+        (
+            "missing",
+            [],
+            "acmix fit: data.source: expected a folder, torchvision/NAME, hfds/NAME or wds/PATH",
+        ),
         ("empty", [], "data.source: expected images in"),
-        ("one", ["--data.val_fraction=0.5"], "expected 2 classes or more, got ['cat']"),
+        ("one", ["--data.val_fraction=0.5"], "one, got ['cat']"),
         ("pets/train", [], "--data.val_fraction"),
         ("pets/train", ["--data.val_fraction=0.05"], "data.val_fraction: "),
         ("pets/train", ["--data.val_fraction=1.5"], "data.val_fraction: expected 0 to below 1"),
@@ -182,7 +186,16 @@ FIT += ["--model.name=resnet11_tiny_conv", "--trainer.max_epochs=1", "--trainer.
         ("torchvision/cifar11", [], "did you mean cifar10?"),
         ("torchvision/cifar10", [], "--data.download"),
         ("wds/empty", [], "expected a split train or"),
-        ("hollow", [], "data.source: expected images in hollow/owl, got none"),
+        ("hollow", [], "hollow/owl, got none"),
+        ("", [], "data.source: expected a folder, torchvision/NAME, hfds/NAME or wds/PATH, got ''"),
+        ("pets/train/cat/0.png", [], "got a file: "),
+        ("renamed", [], "--data.val_split validate or --data.val_fraction"),
+        ("undivided", [], "data.source: expected train or training or trainval beside"),
+        (
+            "single",
+            ["--data.val_fraction=0.5"],
+            "expected 2 images or more of every class, got 1 of owl",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, monkeypatch, capsys, source, options, said):
@@ -191,9 +204,14 @@ def test_mistakes_are_told_in_one_line(folder, monkeypatch, capsys, source, opti
     write_folder(folder.parent / "one", {"cat": 3})
     write_folder(folder.parent / "hollow", {"cat": 2, "dog": 2})
     (folder.parent / "hollow" / "owl").mkdir()
+    write_folder(folder.parent / "renamed" / "train", COUNTS)
+    write_folder(folder.parent / "renamed" / "validate", COUNTS)
+    write_folder(folder.parent / "undivided" / "Test", COUNTS)
+    write_folder(folder.parent / "single", {"cat": 5, "dog": 5, "owl": 1})
     assert main([*FIT, f"--data.source={source}", *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
+    assert len(line) < 600
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 
@@ -126,28 +128,32 @@ def test_a_pixel_that_is_cut_off_is_refused():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("{run}", "no.png"), "no image or folder no.png"),
-        (("{run}", "{images}/notes.txt"), "cannot read {images}/notes.txt: no image"),
+        (("{run}", "no.png"), "got no such file: 'no.png'"),
+        (("{run}", ""), "got no such file: ''"),
+        (("{run}", "{pipe}"), "{pipe}, a pipe or device"),
+        (("{run}", "{image}", "--pixel", "1", "2"), "--pixel: expected with --explain FOLDER"),
+        (("{run}", "{image}", "--layers", "x"), "--layers: expected with --explain FOLDER"),
+        (("{run}x", "{image}"), "; did you mean {run}?"),
+        (
+            ("resnet11_tiny_acmix", "{image}", "--weights", "{checkpoint}"),
+            "--weights: {checkpoint} is a checkpoint of acmix fit: acmix predict {checkpoint}",
+        ),
         (("{run}", "{image}", "--device", "gpu"), "--device: expected one that is there, got gpu"),
         (("{run}", "--format", "csv"), "arguments are required: IMAGE_OR_FOLDER"),
-        (("--top", "3", "{run}", "no.png"), "no image or folder no.png"),
-        (("{run}", "{empty}"), "{empty}: expected images (.bmp"),
+        (("--top", "3", "{run}", "no.png"), "got no such file: 'no.png'"),
+        (("{run}", "{empty}"), "{empty}: expected images (.apng"),
         (("{images}", "{image}"), "{images} is no run folder: no {images}/checkpoints/last.ckpt"),
         (
             ("{images}/notes.txt", "{image}"),
             "is no checkpoint of acmix fit: it holds something else",
         ),
         (("{other}", "{image}"), "{other} is no checkpoint of acmix fit: it holds something else"),
-        (("nothing", "{image}"), "no run folder, checkpoint or model of timm is called nothing"),
+        (("nothing", "{image}"), "no run folder, checkpoint or model of timm is called 'nothing'"),
         (("resnet50_acmx", "{image}"), "did you mean resnet50_acmix?"),
         (("resnet11_tiny_acmix", "{image}"), "--weights: expected a file of weights for resnet11"),
         (("resnet11_tiny_acmix", "{image}", "--weights", "{other}"), "{other} holds no weights of"),
         (("{run}", "{image}", "--weights", "x"), "expected with a model of timm"),
-        (
-            ("{run}", "{image}", "--top", "11"),
-            "--top: expected 1 to 10, the number of classes, got",
-        ),
-        (("{run}", "{image}", "--top", "0"), "--top: expected 1 to 10, the number of classes, got"),
+        (("{run}", "{image}", "--top", "0"), "--top: expected at least 1, got 0"),
         (("{run}", "{image}", "--batch_size", "0"), "--batch_size: expected at least 1, got 0"),
         (("{run}", "{images}", "--explain", "{empty}"), "--explain: expected one image, got 3"),
         (
@@ -165,11 +171,111 @@ def test_mistakes_are_told_in_one_line(run, images, tmp_path, capsys, args, mess
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     names = {"run": run, "images": images, "image": images / "a.png"}
     names |= {"empty": tmp_path / "empty", "other": tmp_path / "other.pt"}
+    names |= {"pipe": tmp_path / "pipe.png", "checkpoint": run / "checkpoints" / "last.ckpt"}
+    os.mkfifo(names["pipe"])
     assert main(["predict", *(arg.format(**names) for arg in args)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert message.format(**names) in captured.err
+
+
+def folder_of_trouble(images, folder):
+    """One image among what lies in folders of images."""
+    folder.mkdir()
+    shutil.copy(images / "a.png", folder / "2.png")
+    shutil.copy(images / "b.PNG", folder / "10.png")
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "._2.png").write_bytes(b"of macOS")
+    (folder / "3.heic").write_bytes(b"of no known suffix")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "x.jpg").mkdir()
+    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_what_cannot_be_read_is_named_and_the_rest_is_shown(run, images, tmp_path, capsys, form):
+    folder = folder_of_trouble(images, tmp_path / "folder")
+    args = ["predict", str(run), str(folder), "--format", form, "--top", "1", "--batch_size", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    names = [str(folder / name) for name in ("2.png", "10.png")]
+    if form == "json":
+        assert [row["image"] for row in json.loads(out)] == names
+    else:
+        assert [re.split(r",| {2}", line)[0] for line in out.splitlines()[1:]] == names
+    passed, *unread, last = err.splitlines()
+    assert passed.endswith(
+        f"files passed over: 1 hidden ({folder}/._2.png), 2 of no known suffix "
+        f"({folder}/3.heic and 1 more)"
+    )
+    assert unread == [
+        f"cannot read {folder}/1.png: no image",
+        f"cannot read {folder}/lost.png: no file",
+    ]
+    assert last == "2 of 4 images could not be read"
+
+
+def test_rows_come_with_their_batch(run, images, monkeypatch, capsys):
+    """What was shown before a stop was shown whole."""
+    seen = []
+
+    def stop_at_the_second(*args, _predict=predict.predict, **kwargs):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return _predict(*args, **kwargs)
+
+    monkeypatch.setattr(predict, "predict", stop_at_the_second)
+    args = ["predict", str(run), str(images), "--batch_size=1", "--format=csv", "--top=1"]
+    assert main(args) == 130
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == "Stopped after 1 of 3 images.\n"
+
+
+def test_more_classes_than_there_are_gives_all(run, images, capsys):
+    out = output(capsys, run, images / "a.png", "--top", "100", "--format", "csv")
+    assert len(out.splitlines()) == 1 + 10
+
+
+def test_several_images_and_folders(run, images, capsys):
+    out = output(capsys, run, images / "b.PNG", images, "--top", "1", "--format", "csv")
+    assert [Path(line.split(",")[0]).name[0] for line in out.splitlines()[1:]] == list("babc")
+
+
+def test_flip_is_the_mean_of_an_image_and_its_mirror_image(run, images, tmp_path, capsys):
+    def probabilities(image, *more):
+        args = (run, image, "--top", "10", "--format", "json", *more)
+        [row] = json.loads(output(capsys, *args))
+        return {of["class"]: of["probability"] for of in row["classes"]}
+
+    mirrored = tmp_path / "mirrored.png"
+    ImageOps.mirror(Image.open(images / "a.png")).save(mirrored)
+    one, other = probabilities(images / "a.png"), probabilities(mirrored)
+    mean = probabilities(images / "a.png", "--flip")
+    assert one != pytest.approx(other, abs=1e-3)
+    assert mean == pytest.approx({name: (one[name] + other[name]) / 2 for name in one}, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "LA"])
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (13, 40)])
+def test_an_image_of_any_size_and_mode(run, tmp_path, capsys, mode, size):
+    path = tmp_path / "image.tif"
+    Image.new(mode, size).save(path)
+    assert output(capsys, run, path, "--top", "1").count("%") == 1
+
+
+def test_an_image_of_which_little_is_seen_is_named(run, tmp_path, capsys):
+    for name, size in (("wide", (500, 20)), ("plain", (40, 30))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    assert main(["predict", str(run), str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}/wide.png: judged on its middle, 4% of the image\n"
 
 
 class Exploit:

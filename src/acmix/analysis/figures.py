@@ -100,7 +100,7 @@ def mix(rows: Sequence[Row]) -> Figure:
     """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     if not layers:
-        return _note("This network has no layer that mixes attention and convolution")
+        raise ValueError("rows: expected layers that mix attention and convolution, got none")
     figure = Figure(figsize=(11, 7.5))
     above, below = figure.subplots(2, 2)
     above[1].sharey(above[0])
@@ -313,10 +313,13 @@ def images(
 
 
 @matplotlib.rc_context(STYLE)
-def attention(image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int]) -> Figure:
+def attention(
+    image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int], caption: str
+) -> Figure:
     """What one pixel of an image (H, W) or (H, W, 3) attends to in each layer.
 
-    views: layer, pixel and weights (heads, H, W) of each, see `acmix.analysis.explain.LayerView`.
+    caption: of the image, such as where the pixel is in its file. views: layer, pixel and weights
+    (heads, H, W) of each, see `acmix.analysis.explain.LayerView`.
     """
     views = [view for view in views if view.weights is not None]
     if not views:
@@ -324,7 +327,7 @@ def attention(image: np.ndarray, views: Sequence[Any], pixel: tuple[int, int]) -
     title = "Attention of the marked pixel by layer: mean of the heads, bright where it is large"
     figure, grid = _over_image(image, len(views) + 1, title)
     _mark(grid[0], pixel, image.shape[:2], image.shape[:2])
-    _caption(grid[0], f"row {pixel[0]}, column {pixel[1]}")
+    _caption(grid[0], caption)
     for axes, view in zip(grid[1:], views, strict=False):
         heat = view.weights.abs().mean(0).cpu().numpy()  # SAN's may be negative
         top = max(heat.max(), 1e-12)

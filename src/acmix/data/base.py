@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from acmix.data.loading import Sample, make_loader
+from acmix.ranges import Count, PositiveCount, check_ranges
 
 
 class ImageData(LightningDataModule):
@@ -29,7 +30,7 @@ class ImageData(LightningDataModule):
     input_config: dict[str, Any] | None = None  # arguments of timm.data.create_transform
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: PositiveCount = 64, num_workers: Count = 0) -> None:
         """Keep the loader options.
 
         Args:
@@ -37,10 +38,7 @@ class ImageData(LightningDataModule):
             num_workers: Processes that load images; 0 loads in the training process.
         """
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        check_ranges(ImageData.__init__, locals(), "data.")
         self.batch_size = batch_size
         self.num_workers = num_workers
 

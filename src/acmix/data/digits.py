@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from acmix.data.base import ImageData, Sample
+from acmix.ranges import Count, PositiveCount, PositivePartBelowOne, check_ranges
 
 
 class Digits(ImageData):
@@ -24,11 +25,11 @@ class Digits(ImageData):
 
     def __init__(
         self,
-        val_fraction: float = 0.2,
-        split_seed: int = 0,
-        max_shift: int = 1,
-        batch_size: int = 64,
-        num_workers: int = 0,
+        val_fraction: PositivePartBelowOne = 0.2,
+        split_seed: Count = 0,
+        max_shift: Count = 1,
+        batch_size: PositiveCount = 64,
+        num_workers: Count = 0,
     ) -> None:
         """Keep the options.
 
@@ -40,11 +41,8 @@ class Digits(ImageData):
             batch_size: Images a step on each device.
             num_workers: Processes that load images; 0 loads in the training process.
         """
+        check_ranges(Digits.__init__, locals(), "data.")
         super().__init__(batch_size=batch_size, num_workers=num_workers)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-        if max_shift < 0:
-            raise ValueError(f"max_shift must be at least 0, got {max_shift}")
         self.class_names = [str(digit) for digit in range(10)]
         self.input_config = {"input_size": (1, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic"}
         self.input_config |= {"mean": self.mean, "std": self.std}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from PIL.Image import Image
 from timm.data import create_transform, resolve_data_config
@@ -18,7 +21,28 @@ from torchvision import transforms
 from acmix.data.base import ImageData
 from acmix.data.loading import Sample
 from acmix.data.shards import Shards, ShardStream, make_shard_loader, open_shards
-from acmix.data.sources import SPLITS, Labelled, open_split, split_names, why_unreadable
+from acmix.data.sources import (
+    SPLITS,
+    Labelled,
+    as_rgb,
+    check_colour,
+    open_split,
+    resolve,
+    split_names,
+    why_unreadable,
+)
+from acmix.errors import few
+from acmix.ranges import (
+    Count,
+    NonNegative,
+    Number,
+    Part,
+    PartBelowOne,
+    Positive,
+    PositiveCount,
+    PositivePart,
+    check_ranges,
+)
 
 Transform = Callable[[Image], Tensor]
 
@@ -34,32 +58,34 @@ class Images(ImageData):
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | None = None,
-        val_fraction: float = 0.0,
-        split_seed: int = 0,
-        image_key: str = "image",
-        label_key: str = "label",
+        val_fraction: PartBelowOne = 0.0,
+        split_seed: Count = 0,
+        image_key: str | None = None,
+        label_key: str | None = None,
         like: str | None = None,
-        img_size: int | None = None,
-        crop_pct: float | None = None,
-        interpolation: str | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        crop_padding: int = 0,
-        scale: tuple[float, float] = (0.08, 1.0),
-        hflip: float = 0.5,
-        color_jitter: float = 0.0,
+        img_size: PositiveCount | None = None,
+        crop_pct: PositivePart | None = None,
+        interpolation: Literal["nearest", "bilinear", "bicubic", "random"] | None = None,
+        mean: tuple[Number, Number, Number] | None = None,
+        std: tuple[Positive, Positive, Positive] | None = None,
+        background: str = "white",
+        crop_padding: Count = 0,
+        scale: tuple[PositivePart, PositivePart] = (0.08, 1.0),
+        hflip: Part = 0.5,
+        color_jitter: NonNegative = 0.0,
         auto_augment: str | None = None,
-        re_prob: float = 0.0,
+        re_prob: Part = 0.0,
         transform_kwargs: dict[str, Any] | None = None,
-        max_corrupt: int = 0,
-        shuffle_buffer: int = 2000,
-        batch_size: int = 64,
-        num_workers: int = 0,
+        max_corrupt: Count = 0,
+        shuffle_buffer: Count = 2000,
+        batch_size: PositiveCount = 64,
+        num_workers: Count = 0,
     ) -> None:
         """Open the source: its classes are known then.
 
         Args:
-            source: A folder with CLASS/IMAGE in it, or with train/, val/ and test/ of that form;
+            source: A folder with CLASS/IMAGE in it (the class is the first folder, deeper ones
+                are looked through), or with train/, val/ and test/ of that form;
                 `torchvision/cifar10` and the like; `hfds/NAME` of the Hugging Face hub, or a
                 folder that its library reads; `wds/PATH` with WebDataset shards.
             root: Folder of torchvision's files (`data` by default), or of Hugging Face's cache.
@@ -69,15 +95,16 @@ class Images(ImageData):
             test_split: Name of the part for `acmix test`; by default test, else the held-out part.
             val_fraction: Hold out this part of every class of the training images instead.
             split_seed: Seed of the choice of held-out images; apart from the training seed.
-            image_key: Column of the images of a Hugging Face data set.
-            label_key: Column of their classes.
+            image_key: Column of the images of a Hugging Face data set; by default the only one.
+            label_key: Column of their classes; by default the only one.
             like: Network of timm whose input size, crop, interpolation, mean and std are the
                 defaults; without one 224 pixels, 0.875, bicubic, and those of ImageNet.
             img_size: Height and width in pixels.
             crop_pct: Part of a resized held-out image that its centre crop keeps.
-            interpolation: bilinear, bicubic or, in training, random.
+            interpolation: Of resizing; random is bilinear or bicubic in training.
             mean: Of red, green and blue, to normalise with.
             std: Of red, green and blue.
+            background: Colour behind what is transparent, by name or as #rrggbb.
             crop_padding: Train on crops of the whole image padded by this many pixels, as is the
                 custom for CIFAR, and keep held-out images whole; 0 for crops of any size.
             scale: Range of the area of training crops, as a part of the image.
@@ -93,15 +120,16 @@ class Images(ImageData):
             batch_size: Images a step on each device.
             num_workers: Processes that load images; 0 loads in the training process.
         """
+        check_ranges(Images.__init__, locals(), "data.")
+        if scale[0] > scale[1]:
+            raise ValueError(f"data.scale: expected the smaller area first, got {scale}")
         super().__init__(batch_size=batch_size, num_workers=num_workers)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"data.val_fraction: expected 0 to below 1, got {val_fraction}")
-        if max_corrupt < 0:
-            raise ValueError(f"data.max_corrupt: expected at least 0, got {max_corrupt}")
-        self.source = source
+        self.source = resolve(source)
+        self.root = root if root is None else str(Path(root).expanduser().resolve())
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.max_corrupt, self.shuffle_buffer = max_corrupt, shuffle_buffer
-        self.open_kwargs: dict[str, Any] = {"root": root, "download": download}
+        self.background = check_colour(background)
+        self.open_kwargs: dict[str, Any] = {"root": self.root, "download": download}
         self.open_kwargs |= {"image_key": image_key, "label_key": label_key}
         chosen = {"train": train_split, "val": val_split, "test": test_split}
         self.splits = {part: (name,) if name else SPLITS[part] for part, name in chosen.items()}
@@ -109,7 +137,7 @@ class Images(ImageData):
         given: dict[str, Any] = {"img_size": img_size, "interpolation": interpolation}
         given |= {"crop_pct": 1.0 if crop_padding and crop_pct is None else crop_pct}
         config = input_config(like, {**given, "mean": mean, "std": std})
-        self.input_config = config
+        self.input_config = {**config, "background": background}
         self.mean, self.std = config["mean"], config["std"]
         self.eval_transform: Transform = create_transform(**config)
         augmentation = {"scale": scale, "hflip": hflip, "color_jitter": color_jitter or None}
@@ -121,7 +149,9 @@ class Images(ImageData):
         self.train_images = self._open("train")
         self.class_names = self.train_images.class_names
         if len(self.class_names) < 2:
-            raise ValueError(f"data.source: expected 2 classes or more, got {self.class_names}")
+            raise ValueError(
+                f"data.source: expected 2 classes or more in {self.source}, got {self.class_names}"
+            )
 
     def train_set(self) -> Dataset[Sample]:
         if isinstance(self.train_images, Shards):
@@ -159,11 +189,13 @@ class Images(ImageData):
     def _open(self, part: str) -> Labelled | Shards:
         if images := self._find(part):
             return images
-        there = ", ".join(split_names(self.source)) or "no split of another name"
+        there = split_names(self.source)
+        near = [name for name in there if name.lower().startswith(part)] or ["NAME"]
         offer = " or --data.val_fraction 0.1" if part == "val" else ""
         raise ValueError(
             f"data.source: expected a split {' or '.join(self.splits[part])} in {self.source}, "
-            f"got {there}; name one with --data.{part}_split{offer}"
+            f"got {few(there, 8) or 'none of them'}; name one with "
+            f"--data.{part}_split {near[0]}{offer}"
         )
 
     def _find(self, part: str) -> Labelled | Shards | None:
@@ -177,17 +209,15 @@ class Images(ImageData):
         labels = images.labels
         if not self.val_fraction:
             return list(range(len(labels))), []
+        check_fraction(images, self.val_fraction)
         from sklearn.model_selection import train_test_split  # half a second
 
-        try:
-            train, val = train_test_split(
-                range(len(labels)),
-                test_size=self.val_fraction,
-                random_state=self.split_seed,
-                stratify=labels,
-            )
-        except ValueError as error:  # too few images of a class
-            raise ValueError(f"data.val_fraction: {error}") from error
+        train, val = train_test_split(
+            range(len(labels)),
+            test_size=self.val_fraction,
+            random_state=self.split_seed,
+            stratify=labels,
+        )
         return sorted(train), sorted(val)
 
     def _image_set(
@@ -195,13 +225,14 @@ class Images(ImageData):
     ) -> ImageSet:
         if self.max_corrupt:
             indices = readable(images, indices, self.max_corrupt)
-        return ImageSet(images, indices, self.class_names, transform)
+        return ImageSet(images, indices, self.class_names, transform, self.background)
 
     def _stream(self, shards: Shards, train: bool) -> ShardStream:
         return ShardStream(
             shards,
             self.class_names,
             self.train_transform if train else self.eval_transform,
+            background=self.background,
             shuffle_buffer=self.shuffle_buffer if train else 0,
             max_corrupt=self.max_corrupt,
         )
@@ -221,9 +252,11 @@ class ImageSet(Dataset[Sample]):
         indices: Sequence[int],
         class_names: list[str],
         transform: Transform,
+        background: str = "white",
     ) -> None:
         places = [class_names.index(name) for name in images.class_names]
         self.images, self.indices, self.transform = images, indices, transform
+        self.background = background
         self.classes = [places[images.labels[index]] for index in indices]
 
     def __len__(self) -> int:
@@ -233,17 +266,37 @@ class ImageSet(Dataset[Sample]):
         return self.images.name(self.indices[index])
 
     def __getitem__(self, index: int) -> Sample:
-        return self.transform(load(self.images, self.indices[index])), self.classes[index]
+        image = load(self.images, self.indices[index], self.background)
+        return self.transform(image), self.classes[index]
 
 
-def load(images: Labelled, index: int) -> Image:
-    """One image.
+def check_fraction(images: Labelled, fraction: float) -> None:
+    """A class that cannot be divided, or too few images for all classes, raise ValueError."""
+    counts = Counter(images.labels)
+    label, fewest = min(counts.items(), key=lambda of: of[1])
+    if fewest < 2:
+        name = images.name(images.labels.index(label))
+        raise ValueError(
+            "data.val_fraction: expected 2 images or more of every class, got 1 of "
+            f"{images.class_names[label]} ({name})"
+        )
+    images_held_out = math.ceil(fraction * len(images.labels))
+    if min(images_held_out, len(images.labels) - images_held_out) < len(counts):
+        raise ValueError(
+            f"data.val_fraction: expected an image or more of each of the {len(counts)} classes on "
+            f"both sides, got {fraction:g} of {len(images.labels)} images"
+        )
+
+
+def load(images: Labelled, index: int, background: str = "white") -> Image:
+    """One image, in red, green and blue.
 
     Raises:
         ValueError: If it cannot be read; the message names it.
     """
     try:
-        return images.load(index)
+        with images.open(index) as image:
+            return as_rgb(image, background)
     except Exception as error:  # of a broken file, Pillow raises anything
         raise ValueError(
             f"data.source: cannot read {images.name(index)}: {why_unreadable(error)}"

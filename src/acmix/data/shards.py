@@ -7,8 +7,10 @@ however unequal the shards are. It takes knowing how many images are in each sha
 
 from __future__ import annotations
 
+import glob
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -24,8 +26,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from acmix.data.files import suffixes
 from acmix.data.loading import Sample, even_batch_size, kept_random_state, seed_generators
-from acmix.data.sources import EXTENSIONS, as_rgb, why_unreadable
+from acmix.data.sources import as_rgb, why_unreadable
+from acmix.errors import one_line
 
 INFO = "_info.json"
 Stretch = tuple[int, int]  # of the line: from, and up to but without
@@ -75,8 +79,7 @@ def open_shards(path: str, names: tuple[str, ...]) -> Shards | None:
 def _scan(folder: Path, names: tuple[str, ...]) -> Shards | None:
     from webdataset.tariterators import base_plus_ext
 
-    patterns = [form.format(name) for name in names for form in ("{}*.tar", "{}/*.tar")]
-    found = (sorted(folder.glob(pattern)) for pattern in patterns)
+    found = (shards_of(folder, name) for name in names)
     paths = next((paths for paths in found if paths), None)
     if paths is None:
         return None
@@ -84,13 +87,25 @@ def _scan(folder: Path, names: tuple[str, ...]) -> Shards | None:
     for path in paths:
         try:
             with tarfile.open(path) as tar:
-                labels = [tar.extractfile(m) for m in tar if base_plus_ext(m.name)[1] == "cls"]
-                classes |= {int(label.read()) for label in labels if label}
-        except (tarfile.TarError, ValueError) as error:
-            raise ValueError(f"data.source: cannot read {path}: {error}") from error
+                labels = [member for member in tar if member.name.endswith(".cls")]
+                for member in labels:
+                    if base_plus_ext(member.name)[1] != "cls":  # the key ends at the first dot
+                        raise ValueError(f"expected keys without dots, got {member.name}")
+                    classes.add(int(tar.extractfile(member).read()))  # type: ignore[union-attr]
+        except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+            raise ValueError(f"data.source: cannot read {path}: {one_line(error)}") from error
         lengths.append(len(labels))
+    if not sum(lengths):
+        raise ValueError(f"data.source: expected KEY.cls beside KEY.jpg in {paths[0]}, got none")
     class_names = [str(number) for number in range(max(classes) + 1)]
     return Shards([str(path) for path in paths], lengths, class_names)
+
+
+def shards_of(folder: Path, name: str) -> list[Path]:
+    """NAME.tar, NAME-000.tar and the like, else what is in the folder NAME, in order."""
+    form = re.compile(rf"{re.escape(name)}([-_.]?\d+([-_.](of[-_.])?\d+)*)?\.tar")
+    named = [path for path in folder.glob("*.tar") if form.fullmatch(path.name)]
+    return sorted(named or folder.glob(f"{glob.escape(name)}/*.tar"))
 
 
 class ShardStream(Dataset[Sample]):
@@ -101,10 +116,11 @@ class ShardStream(Dataset[Sample]):
         shards: Shards,
         class_names: list[str],
         transform: Callable[[Image.Image], Tensor],
+        background: str = "white",
         shuffle_buffer: int = 0,
         max_corrupt: int = 0,
     ) -> None:
-        self.shards, self.transform = shards, transform
+        self.shards, self.transform, self.background = shards, transform, background
         self.shuffle_buffer, self.max_corrupt = shuffle_buffer, max_corrupt
         self.places = [class_names.index(name) for name in shards.class_names]
 
@@ -118,8 +134,8 @@ class ShardStream(Dataset[Sample]):
             ValueError: If the image or its class cannot be read; the message names it.
         """
         try:
-            suffix = next(suffix for suffix in raw if f".{suffix}" in EXTENSIONS)
-            image = as_rgb(Image.open(io.BytesIO(raw[suffix])))
+            suffix = next(suffix for suffix in raw if f".{suffix}" in suffixes())
+            image = as_rgb(Image.open(io.BytesIO(raw[suffix])), self.background)
             label = int(raw["cls"])
             if not 0 <= label < len(self.places):
                 raise ValueError(f"expected a class below {len(self.places)}, got {label}")
@@ -347,8 +363,10 @@ def read_shard(url: str, length: int) -> Iterator[Raw]:
         for raw in tarfile_samples([{"url": url}], handler=reraise_exception):
             count += 1
             yield raw
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"data.source: cannot read {url}: {error.args[0]}") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        why, twice, _ = str(error.args[0]).partition(": duplicate file name")
+        why += " is there twice" if twice else ""
+        raise ValueError(f"data.source: cannot read {url}: {why}") from error
     if count != length:
         raise ValueError(f"data.source: expected {length} samples in {url}, got {count}")
 

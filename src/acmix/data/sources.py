@@ -5,34 +5,37 @@ A source is named as in timm: the path of a folder, `torchvision/NAME` or `hfds/
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from timm.data.readers import create_reader
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torchvision import datasets
 
-from acmix.errors import did_you_mean, one_line
+from acmix.data.files import find_images, is_left_behind, natural_key, suffixes
+from acmix.errors import did_you_mean, few, one_line
 
 SPLITS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "valid", "validation", "eval"),
     "test": ("test",),
 }
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KINDS = "a folder, torchvision/NAME, hfds/NAME or wds/PATH"
 
 
 class Labelled(Protocol):
-    """Images, each with a class; `load` may raise anything where a file is broken."""
+    """Images, each with a class; `open` may raise anything where a file is broken."""
 
     class_names: list[str]
     labels: list[int]
 
-    def load(self, index: int) -> Image.Image: ...
+    def open(self, index: int) -> Image.Image: ...
 
     def name(self, index: int) -> str: ...
 
@@ -64,13 +67,30 @@ TORCHVISION = {
 }
 
 
+def resolve(source: str) -> str:
+    """The source by its whole path, ~ and the working folder in place, so that it lasts.
+
+    Raises:
+        ValueError: If it is empty.
+    """
+    if not source.strip():
+        raise ValueError(f"data.source: expected {KINDS}, got {source!r}")
+    kind, _, name = source.partition("/")
+    if kind == "torchvision" or Path(source).is_dir():
+        return source if kind == "torchvision" else str(Path(source).resolve())
+    if kind not in ("hfds", "wds"):
+        return str(Path(source).expanduser().resolve())
+    path = Path(name).expanduser()
+    return f"{kind}/{path.resolve()}" if path.exists() else source
+
+
 def open_split(
     source: str,
     names: tuple[str, ...],
     root: str | None = None,
     download: bool = False,
-    image_key: str = "image",
-    label_key: str = "label",
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> Labelled | None:
     """The first split of `names` that the source has, or None.
 
@@ -79,8 +99,8 @@ def open_split(
         names: Of the split, in order of preference.
         root: Folder of torchvision's files (`data` by default), or of the cache of Hugging Face.
         download: Let torchvision download what is not there.
-        image_key: Column of the images of a Hugging Face data set.
-        label_key: Column of their classes.
+        image_key: Column of the images of a Hugging Face data set; by default the one of images.
+        label_key: Column of their classes; by default the one of classes.
 
     Raises:
         ValueError: If there is no such source, or it holds no image.
@@ -95,30 +115,99 @@ def open_split(
 
 
 def split_names(source: str) -> tuple[str, ...]:
-    """The splits that a source is known to have, for messages."""
+    """The splits that a source has, as far as that shows, for messages."""
     kind, _, name = source.partition("/")
     if kind == "torchvision":
         return TORCHVISION[name].splits
-    if kind == "hfds":
+    if kind in ("hfds", "wds"):
         return ()
-    known = [name for names in SPLITS.values() for name in names]
-    return tuple(name for name in known if Path(source, name).is_dir())
+    folders = (path.name for path in Path(source).iterdir() if path.is_dir())
+    return tuple(sorted((n for n in folders if not is_left_behind(n)), key=natural_key))
 
 
-class ReaderImages:
-    """The images of one of timm's readers."""
+class FolderImages:
+    """CLASS/.../IMAGE of a folder: the class is the first folder, whatever lies between."""
 
-    def __init__(self, reader: Any, labels: list[int]) -> None:
-        self.reader = reader
-        self.labels = labels
-        self.class_names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        folders = [file.relative_to(root).parts[0] for file in files]
+        self.class_names = class_names_of(root, folders)
+        places = {name: place for place, name in enumerate(self.class_names)}
+        self.labels = [places[normal(folder)] for folder in folders]
 
-    def load(self, index: int) -> Image.Image:
-        with self.reader[index][0] as file:
-            return as_rgb(Image.open(file))
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.files[index])
 
     def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True) or f"image {index}"
+        return str(self.files[index])
+
+
+def normal(name: str) -> str:
+    """One spelling of a name: disks of macOS take accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def class_names_of(root: Path, folders: Sequence[str]) -> list[str]:
+    """Names of the classes of these folders, in the one order that there is of them.
+
+    Raises:
+        ValueError: If two folders differ only in how their accents are spelt.
+    """
+    spelt: dict[str, str] = {}
+    for folder in sorted(set(folders)):
+        if (other := spelt.setdefault(normal(folder), folder)) != folder:
+            raise ValueError(
+                f"data.source: expected one folder a class in {root}, got two spellings of "
+                f"{normal(folder)!r}: {other!a} and {folder!a}"
+            )
+    return sorted(spelt, key=natural_key)
+
+
+class HubImages:
+    """The images of a Hugging Face data set, by its columns of images and classes."""
+
+    def __init__(self, data: Any, title: str, image_key: str | None, label_key: str | None) -> None:
+        from datasets import ClassLabel, Image
+
+        image = column(data, "image_key", image_key, Image)
+        label = column(data, "label_key", label_key, ClassLabel)
+        self.title, self.image_key = title, image
+        self.class_names = list(data.features[label].names)
+        self.labels = [-1 if value is None else int(value) for value in data[label]]
+        if min(self.labels, default=0) < 0:  # as parts without labels have it
+            at = self.labels.index(-1)
+            raise ValueError(
+                f"data.source: expected a class of every image, got none of {at} of {title}"
+            )
+        self.data = data.select_columns([image]).cast_column(image, Image(decode=False))
+
+    def open(self, index: int) -> Image.Image:
+        cell = self.data[index][self.image_key]
+        if cell is None:
+            raise ValueError("no image (null)")
+        return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"])
+
+    def name(self, index: int) -> str:
+        cell = self.data[index][self.image_key]
+        return (cell and cell["path"]) or f"image {index} of {self.title}"
+
+
+def column(data: Any, option: str, chosen: str | None, kind: type) -> str:
+    """The named column of this kind, or the only one.
+
+    Raises:
+        ValueError: With the columns that there are.
+    """
+    of_kind = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+    if chosen is None and len(of_kind) == 1:
+        return of_kind[0]
+    if chosen in of_kind:
+        return str(chosen)
+    there = ", ".join(f"{name} ({type(of).__name__})" for name, of in data.features.items())
+    what = "no name" if chosen is None else repr(chosen)
+    raise ValueError(
+        f"data.{option}: expected a column of type {kind.__name__}, got {what}; there are {there}"
+    )
 
 
 class TorchvisionImages:
@@ -137,24 +226,43 @@ class TorchvisionImages:
         files = [file for file, _ in samples] if files is None else files
         self.files = [str(file) for file in files]
 
-    def load(self, index: int) -> Image.Image:
-        return as_rgb(self.data[index][0])
+    def open(self, index: int) -> Image.Image:
+        return self.data[index][0]
 
     def name(self, index: int) -> str:
         return self.files[index] if self.files else f"image {index} of {self.title}"
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bits a channel, red, green and blue.
+def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """The image in 8 bits a channel, red, green and blue; what is transparent, on a background.
 
     Raises:
         ValueError: If it is of other numbers than 8 or 16 bits a channel.
     """
+    if image.mode == "I":  # as Pillow reads some files of 16 bits
+        values = np.asarray(image)
+        if 0 <= values.min() <= values.max() < 1 << 16:
+            image = Image.fromarray(values.astype(np.uint16))
     if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("F", "I"):
         raise ValueError(f"expected 8 or 16 bits a channel, got mode {image.mode}")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(ground, image)
     return image.convert("RGB")
+
+
+def check_colour(name: str) -> str:
+    """The name of a colour, or its #rrggbb; anything else raises ValueError."""
+    try:
+        ImageColor.getrgb(name)
+    except ValueError as error:
+        raise ValueError(
+            f"data.background: expected a colour such as white or #ff8800, got {name!r}"
+        ) from error
+    return name
 
 
 def why_unreadable(error: Exception) -> str:
@@ -168,31 +276,60 @@ def first_attribute(data: Any, *names: str) -> Any:
 
 def _open_folder(folder: Path, names: tuple[str, ...]) -> Labelled | None:
     if not folder.is_dir():
-        raise ValueError(
-            f"data.source: expected a folder, torchvision/, hfds/ or wds/, got {folder}"
-        )
-    root = next((folder / name for name in names if (folder / name).is_dir()), None)
+        what = "a file: " if folder.is_file() else ""
+        raise ValueError(f"data.source: expected {KINDS}, got {what}{folder}")
+    root = part_folder(folder, names)
     if root is None and names[0] == "train":  # not divided: all of it
         root = folder
+        check_undivided(folder)
     if root is None:
         return None
     try:
-        reader = create_reader("", root=str(root), input_key=";".join(EXTENSIONS))
-    except RuntimeError as error:  # no image
-        raise ValueError(f"data.source: expected images in {root}/CLASS/, got none") from error
-    loose = [path for path, _ in reader.samples if Path(path).parent == root]
+        found = find_images(root)
+    except OSError as error:
+        raise ValueError(f"data.source: {one_line(error)}") from error
+    if not found.images:
+        raise ValueError(
+            f"data.source: expected images in {root}/CLASS/ ({' '.join(sorted(suffixes()))}), "
+            f"got none; {found.passed_over() or 'no file'}"
+        )
+    if said := found.passed_over():
+        print(f"{root}: {said}", file=sys.stderr)
+    loose = [path for path in found.images if path.parent == root]
     if loose:
         raise ValueError(f"data.source: expected {root}/CLASS/IMAGE, got {loose[0]}")
     if names[0] == "train":
-        check_every_class(root, [Path(path) for path, _ in reader.samples])
-    return ReaderImages(reader, [label for _, label in reader.samples])
+        check_every_class(root, found.images)
+    return FolderImages(root, found.images)
+
+
+def part_folder(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The folder of a part by the first of its names that is there, in capitals or not."""
+    there = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    for name in names:
+        if name in there:
+            return there[name]
+        for other in sorted(there):
+            if other.lower() == name.lower():
+                return there[other]
+    return folder / names[0] if len(names) == 1 and (folder / names[0]).is_dir() else None
+
+
+def check_undivided(folder: Path) -> None:
+    """A folder of classes that holds a part to be held out: no part to learn from was found."""
+    for part in ("val", "test"):
+        if there := part_folder(folder, SPLITS[part]):
+            raise ValueError(
+                f"data.source: expected {' or '.join(SPLITS['train'])} beside {there}, got "
+                f"{few(split_names(str(folder)))}; name one with --data.train_split"
+            )
 
 
 def check_every_class(root: Path, images: list[Path]) -> None:
     """A folder without images among those of the classes raises ValueError."""
     classes = {image.relative_to(root).parts[0] for image in images}
     for folder in sorted(root.iterdir()):
-        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+        if folder.is_dir() and folder.name not in classes and not is_left_behind(folder.name):
             raise ValueError(f"data.source: expected images in {folder}, got none")
 
 
@@ -221,27 +358,22 @@ def _open_torchvision(
 
 
 def _open_hub(
-    name: str, names: tuple[str, ...], root: str | None, image_key: str, label_key: str
+    name: str,
+    names: tuple[str, ...],
+    root: str | None,
+    image_key: str | None,
+    label_key: str | None,
 ) -> Labelled | None:
     if find_spec("datasets") is None:
         raise ImportError("data.source: hfds/ needs datasets: pip install 'acmix[hf]'")
+    from datasets import load_dataset
+
     for split in names:
         try:
-            reader = create_reader(
-                f"hfds/{name}",
-                root=root,
-                split=split,
-                input_key=image_key,
-                target_key=label_key,
-            )
+            data = load_dataset(name, split=split, cache_dir=root)
         except (ValueError, KeyError) as error:
             if "split" in str(error):
                 continue
-            raise ValueError(f"data.source: hfds/{name}: {error}") from error
-        if not reader.class_to_idx:
-            raise ValueError(f"data.label_key: expected a column of classes, got {label_key!r}")
-        labels = list(reader.dataset[label_key])
-        if min(labels, default=0) < 0:  # as parts without labels have it
-            raise ValueError(f"data.source: expected a class of every image in {split} of {name}")
-        return ReaderImages(reader, labels)
+            raise ValueError(f"data.source: hfds/{name}: {one_line(error)}") from error
+        return HubImages(data, f"{split} of hfds/{name}", image_key, label_key)
     return None

@@ -129,12 +129,7 @@ class Classification(Task):
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (B, classes) to measure by, in float32."""
-        logits = self(images).float()
-        if not self.hparams["flip_test"]:
-            return logits
-        mirrored = self(images.flip(3)).float()
-        # Logarithms of the mean probabilities, as good as any logits.
-        return torch.logaddexp(logits.log_softmax(1), mirrored.log_softmax(1)) - math.log(2)
+        return flipped_logits(self, images) if self.hparams["flip_test"] else self(images).float()
 
     def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> Tensor:
         """Log loss and accuracies; return probabilities (B, classes)."""
@@ -164,6 +159,12 @@ class Classification(Task):
         if len(images) % 2:
             raise ValueError(f"data.batch_size: expected even for mixup, got {len(images)} images")
         return self.mixup(images, classes)  # type: ignore[misc]
+
+
+def flipped_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, classes) of the mean of the probabilities of images and their mirror images."""
+    one, other = (model(of).float().log_softmax(1) for of in (images, images.flip(3)))
+    return torch.logaddexp(one, other) - math.log(2)
 
 
 class Classified(HeldOut):

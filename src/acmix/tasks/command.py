@@ -38,7 +38,7 @@ from acmix.tasks.base import Task
 from acmix.tasks.callbacks import History, LastCheckpoint, StepLog, WholeFileCheckpointIO, write_csv
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
-from acmix.tasks.options import explain_parser
+from acmix.tasks.options import explain_parser, own_words
 from acmix.tasks.progress import TrainingBar
 from acmix.tasks.run_folder import Lock, check_folder, is_run, move_earlier_run, named_folder
 
@@ -345,8 +345,10 @@ def quiet(debug: bool) -> Iterator[None]:
 
 def make(command: str, args: list[str]) -> TrainingCLI:
     """Network, data and trainer of a command; a mistake in the options raises `UserError`."""
-    with user_errors(*SETUP_ERRORS):
+    try:
         return TrainingCLI(command, args)
+    except SETUP_ERRORS as error:
+        raise UserError(one_line(own_words(error))) from error
 
 
 def expand_run(args: list[str]) -> list[str]:

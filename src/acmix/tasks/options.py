@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
+from typing import cast
 
 from acmix.errors import did_you_mean
 
@@ -42,6 +43,13 @@ def explain_parser(message: str, options: list[str], kinds: dict[str, type]) -> 
             return f"{wrong['key']}: expected {' or '.join(expected)}, got {wrong['value']!r}"
     key = PARSER_KEY.match(message)
     return f"{key['key']}: {_reason(message[key.end() :])}" if key else _reason(message)
+
+
+def own_words(error: BaseException) -> Exception:
+    """What a constructor raised; jsonargparse wraps it where an option is of several types."""
+    while str(error).startswith("Does not validate") and error.__cause__ is not None:
+        error = error.__cause__
+    return cast("Exception", error)
 
 
 def _unknown_option(name: str, options: Iterable[str]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import pickle
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,30 +16,33 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from timm.data import ImageNetInfo, MaybeToTensor, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision import transforms
 
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
-from acmix.data.sources import EXTENSIONS, as_rgb, why_unreadable
+from acmix.data.files import find_images as find_files
+from acmix.data.files import suffixes
+from acmix.data.sources import as_rgb, why_unreadable
 from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
-from acmix.tasks.classification import Classification
-from acmix.tasks.console import console
+from acmix.tasks.base import task_of
+from acmix.tasks.classification import Classification, flipped_logits
 
 FAR = -1e6
 PIXELS = (MaybeToTensor, transforms.Normalize)  # transforms that move none
+LITTLE = 0.25  # part of an image, below which it is said that no more is seen
 FORMATS = ("table", "csv", "json")
 OF_THE_NETWORK = (
     *("name", "class_names", "in_chans", "model_kwargs"),
-    *("ema_decay", "ema_kwargs", "channels_last"),
+    *("ema_decay", "ema_kwargs", "channels_last", "flip_test"),
 )
 EXAMPLES = """\
   acmix predict runs/mine cat.jpg
+  acmix predict runs/mine a.jpg b.jpg photos/ --flip
   acmix predict runs/mine photos/ --top 3 --format csv > photos.csv
   acmix predict runs/mine cat.jpg --explain cat --pixel 120 200
   acmix predict resnet50_acmix cat.jpg --weights resnet50_acmix.safetensors
@@ -60,33 +64,51 @@ class Classifier(NamedTuple):
 
 
 def run(args: list[str]) -> None:
-    """Print the classes of images; with `--explain`, save pictures too."""
+    """Print the classes of images as they come; with `--explain`, save pictures too."""
     options = _parser().parse_args(args)
+    check_options(options)
     with user_errors(ValueError, OSError, torch.OutOfMemoryError):
         device = choose_device(options.device)
+        paths = find_images(options.images)
         classifier = load(options.network, options.weights, options.classes)
-        paths = find_images(Path(options.images))
-        top = _top(options.top, len(classifier.class_names))
         classifier.model.to(device)
         if options.explain:
             save_explanation(classifier, paths, options, device)
-        probabilities = predict(classifier, paths, options.batch_size, device)
-        show(paths, probabilities, classifier.class_names, top, options.format)
+        rows = Rows(options.format, classifier.class_names, options.top, paths)
+        unread = show_all(classifier, paths, options, device, rows)
+    if unread:
+        print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def check_options(options: Namespace) -> None:
+    """Numbers out of range, and options without effect, raise `UserError`."""
+    for name, value in (("--top", options.top), ("--batch_size", options.batch_size)):
+        if value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
+    for name in ("pixel", "layers"):
+        if getattr(options, name) and not options.explain:
+            raise UserError(f"--{name}: expected with --explain FOLDER, got without")
 
 
 def _parser() -> Parser:
     parser = Parser(
         "acmix predict",
-        "The likeliest classes of an image, or of all images in a folder.",
+        "The likeliest classes of images, or of all images in folders.",
         EXAMPLES,
-        usage="acmix predict NETWORK IMAGE_OR_FOLDER [options]",
+        usage="acmix predict NETWORK IMAGE_OR_FOLDER ... [options]",
     )
     parser.add_argument(
         "network", metavar="NETWORK", help="run folder, checkpoint of one, or model of timm"
     )
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="searched with its folders")
-    parser.add_argument("--top", type=int, metavar="K", help="classes an image (5, or all if less)")
+    parser.add_argument(
+        "images", metavar="IMAGE_OR_FOLDER", nargs="+", help="a folder with all folders in it"
+    )
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="K", help="classes an image (5, or all if less)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="table", help="table by default")
+    parser.add_argument("--flip", action="store_true", help="mean of an image and its mirror image")
     parser.add_argument(
         "--explain",
         metavar="FOLDER",
@@ -127,7 +149,7 @@ def load(network: str, weights: str | None = None, classes: str | None = None) -
         UserError: if it is none of these, and for a file of another kind.
     """
     path = Path(network)
-    if path.exists():
+    if network and path.exists():
         checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
         if not checkpoint.is_file():
             raise UserError(f"{path} is no run folder: no {checkpoint}")
@@ -135,11 +157,21 @@ def load(network: str, weights: str | None = None, classes: str | None = None) -
             raise UserError("--weights, --classes: expected with a model of timm, not a checkpoint")
         return load_checkpoint(checkpoint)
     if not timm.is_model(network):
-        near = did_you_mean(network, timm.list_models())
-        raise UserError(f"no run folder, checkpoint or model of timm is called {network}{near}")
+        near = nearest_run(path) or did_you_mean(
+            network, [] if "/" in network else timm.list_models()
+        )
+        raise UserError(f"no run folder, checkpoint or model of timm is called {network!r}{near}")
     if weights is None:
         raise UserError(f"--weights: expected a file of weights for {network}, got none")
     return load_timm(network, Path(weights), Path(classes) if classes else None)
+
+
+def nearest_run(path: Path) -> str:
+    """A run beside the path, of nearly its name."""
+    if not path.parent.is_dir():
+        return ""
+    runs = [str(run) for run in sorted(path.parent.iterdir()) if (run / "checkpoints").is_dir()]
+    return did_you_mean(str(path), runs)
 
 
 def load_checkpoint(path: Path) -> Classifier:
@@ -147,6 +179,8 @@ def load_checkpoint(path: Path) -> Classifier:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         chosen = checkpoint["hyper_parameters"]
+        if (task := task_of(checkpoint)) != Classification.task:
+            raise ValueError(f"expected the task {Classification.task}, got {task}")
         model = Classification(**{name: chosen[name] for name in OF_THE_NETWORK if name in chosen})
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
@@ -166,6 +200,10 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
     try:  # timm reads safetensors, and pickles with weights_only
         net = timm.create_model(name, checkpoint_path=str(weights), **options).eval()
     except Exception as error:
+        if is_checkpoint(weights):
+            raise UserError(
+                f"--weights: {weights} is a checkpoint of acmix fit: acmix predict {weights} IMAGES"
+            ) from error
         raise UserError(f"{weights} holds no weights of {name}: {one_line(error)}") from error
     count: Any = net.num_classes
     if not names and count == 1000:
@@ -176,78 +214,178 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
     )
 
 
-def find_images(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"no image or folder {path}")
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    if not found:
-        raise UserError(f"{path}: expected images ({' '.join(EXTENSIONS)}), found none")
-    return found
-
-
-def _top(chosen: int | None, classes: int) -> int:
-    if chosen is not None and not 1 <= chosen <= classes:
-        raise UserError(f"--top: expected 1 to {classes}, the number of classes, got {chosen}")
-    return chosen or min(5, classes)
-
-
-def open_image(path: Path, channels: int) -> Image.Image:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of `acmix fit`."""
     try:
-        with Image.open(path) as image:
-            colours = as_rgb(image)
-    except Exception as error:  # of a broken file, Pillow raises anything
-        raise UserError(f"cannot read {path}: {why_unreadable(error)}") from error
+        return "hyper_parameters" in torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )
+    except Exception:  # of a file that is no checkpoint, torch.load raises anything
+        return False
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """Files of these names, and the images in folders of these names."""
+    paths: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if not name.strip() or not path.exists():
+            raise UserError(f"expected an image or a folder of images, got no such file: {name!r}")
+        if path.is_dir():
+            paths += images_in(path)
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(
+                f"expected an image or a folder of images, got {name}, a pipe or device"
+            )
+    return paths
+
+
+def images_in(folder: Path) -> list[Path]:
+    found = find_files(folder)
+    if not found.images:
+        looked_for = " ".join(sorted(suffixes()))
+        left = found.passed_over() or "no file"
+        raise UserError(f"{folder}: expected images ({looked_for}), found none; {left}")
+    if said := found.passed_over():
+        print(f"{folder}: {said}", file=sys.stderr)
+    return found.images
+
+
+def open_image(path: Path, classifier: Classifier) -> Image.Image:
+    """The image, in as many channels as the network takes.
+
+    Raises:
+        ValueError: If it cannot be read; the message names it.
+    """
+    channels = classifier.channels
     if channels not in (1, 3):
         raise UserError(f"expected a network for images of 1 or 3 channels, got {channels}")
+    try:
+        if not path.is_file():
+            raise ValueError("no file")
+        with Image.open(path) as image:
+            colours = as_rgb(image, classifier.input_config.get("background", "white"))
+    except Exception as error:  # of a broken file, Pillow raises anything
+        raise ValueError(f"cannot read {path}: {why_unreadable(error)}") from error
     return colours if channels == 3 else colours.convert("L")
 
 
+def make_transform(config: dict[str, Any], **changes: Any) -> Any:
+    """timm's transform of images to measure, from what a checkpoint keeps of its input."""
+    return create_transform(**{k: v for k, v in (config | changes).items() if k != "background"})
+
+
 @torch.inference_mode()
+def show_all(
+    classifier: Classifier,
+    paths: Sequence[Path],
+    options: Namespace,
+    device: torch.device,
+    rows: Rows,
+) -> int:
+    """Print the rows of all images, batch by batch; how many could not be read, each is named."""
+    transform, size, done = make_transform(classifier.input_config), options.batch_size, 0
+    stderr = Console(stderr=True)
+    batches: Iterable[Sequence[Path]]
+    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
+    if stderr.is_terminal and not sys.stdout.isatty() and len(batches) > 1:
+        batches = track(batches, "images", console=stderr, transient=True)
+    try:
+        with rows:
+            for batch in batches:
+                readable = list(read(batch, classifier, transform))
+                if readable:
+                    there, images = zip(*readable, strict=True)
+                    rows.show(there, predict(classifier, images, device, options.flip))
+                done += len(readable)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"Stopped after {done} of {len(paths)} images.") from stop
+    return len(paths) - done
+
+
+def read(
+    paths: Sequence[Path], classifier: Classifier, transform: Any
+) -> Iterator[tuple[Path, Tensor]]:
+    """Images that can be read, as the network takes them; the others are named on stderr."""
+    for path in paths:
+        try:
+            image = open_image(path, classifier)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            continue
+        part = part_seen(image.size, classifier.input_config)
+        if part < LITTLE:
+            print(f"{path}: judged on its middle, {part:.0%} of the image", file=sys.stderr)
+        yield path, transform(image)
+
+
+def part_seen(size: tuple[int, int], config: dict[str, Any]) -> float:
+    """Part of an image of this (width, height) that the crop keeps, by area."""
+    if config.get("crop_mode", "center") != "center":
+        return 1.0
+    height, width = (side / config.get("crop_pct", 1.0) for side in config["input_size"][1:])
+    scale = max(width / size[0], height / size[1])
+    sides = zip(size, reversed(config["input_size"]), strict=False)
+    return math.prod(min(1.0, kept / (side * scale)) for side, kept in sides)
+
+
 def predict(
-    classifier: Classifier, paths: Sequence[Path], batch_size: int, device: torch.device
+    classifier: Classifier, images: Sequence[Tensor], device: torch.device, flip: bool = False
 ) -> Tensor:
     """Probabilities (images, classes) on the CPU."""
-    if batch_size < 1:
-        raise UserError(f"--batch_size: expected at least 1, got {batch_size}")
-    transform: Any = create_transform(**classifier.input_config)
-    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    stderr, found = Console(stderr=True), []
-    shown: Iterable[Sequence[Path]] = batches
-    if stderr.is_terminal and len(batches) > 1:
-        shown = track(batches, "images", console=stderr, transient=True)
-    for batch in shown:
-        images = [transform(open_image(path, classifier.channels)) for path in batch]
-        logits = classifier.model(torch.stack(images).to(device))
-        found.append(logits.float().softmax(1).cpu())
-    return torch.cat(found)
+    model, batch = classifier.model, torch.stack(list(images)).to(device)
+    flip = flip or getattr(model, "hparams", {}).get("flip_test", False)
+    logits = flipped_logits(model, batch) if flip else model(batch).float()
+    return logits.softmax(1).cpu()
 
 
-def show(
-    paths: Sequence[Path], probabilities: Tensor, names: Sequence[str], top: int, form: str
-) -> None:
-    """The `top` likeliest classes of each image on stdout."""
-    best = [
-        [(names[index], value) for value, index in zip(*pair, strict=True)]
-        for pair in zip(*(part.tolist() for part in probabilities.topk(top)), strict=True)
-    ]
-    if form == "json":
-        rows = [
-            {"image": str(path), "classes": [{"class": n, "probability": p} for n, p in found]}
-            for path, found in zip(paths, best, strict=True)
-        ]
-        print(json.dumps(rows, indent=2))
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("image", "rank", "class", "probability"))
-        for path, found in zip(paths, best, strict=True):
-            writer.writerows((path, rank, n, f"{p:.6f}") for rank, (n, p) in enumerate(found, 1))
-    else:
-        table = Table("image", *(f"{rank}." for rank in range(1, top + 1)), box=None)
-        for path, found in zip(paths, best, strict=True):
-            table.add_row(escape(str(path)), *(f"{escape(name)} {p:.1%}" for name, p in found))
-        console().print(table, highlight=False)
+class Rows:
+    """The likeliest classes of images on stdout, row by row as they come, in one of the formats."""
+
+    def __init__(self, form: str, names: Sequence[str], top: int, paths: Sequence[Path]) -> None:
+        self.form, self.names, self.top = form, names, min(top, len(names))
+        self.shown = 0
+        self.width = max(cell_len(str(path)) for path in paths) + 2
+        self.column = max(map(cell_len, names)) + len(" 100.0%  ")
+
+    def __enter__(self) -> Rows:
+        if self.form == "csv":
+            self._csv([("image", "rank", "class", "probability")])
+        elif self.form == "table":
+            ranks = "".join(f"{rank}.".ljust(self.column) for rank in range(1, self.top + 1))
+            print("image".ljust(self.width) + ranks.rstrip())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.form == "json":
+            print("\n]" if self.shown else "[]")
+
+    def show(self, paths: Sequence[Path], probabilities: Tensor) -> None:
+        """Rows of some images; their probabilities (images, classes)."""
+        for path, values, places in zip(
+            paths, *(part.tolist() for part in probabilities.topk(self.top)), strict=True
+        ):
+            best = [(self.names[place], value) for place, value in zip(places, values, strict=True)]
+            getattr(self, f"_{self.form}_row")(str(path), best)
+            self.shown += 1
+        sys.stdout.flush()
+
+    def _csv_row(self, path: str, best: list[tuple[str, float]]) -> None:
+        self._csv((path, rank, n, f"{p:.6f}") for rank, (n, p) in enumerate(best, 1))
+
+    def _csv(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+
+    def _json_row(self, path: str, best: list[tuple[str, float]]) -> None:
+        row = {"image": path, "classes": [{"class": n, "probability": p} for n, p in best]}
+        print(",\n" if self.shown else "[\n", json.dumps(row), sep="", end="")
+
+    def _table_row(self, path: str, best: list[tuple[str, float]]) -> None:
+        cells = [path + " " * (self.width - cell_len(path))]
+        cells += [set_cell_size(f"{name} {p:.1%}", self.column) for name, p in best]
+        print("".join(cells).rstrip())
 
 
 def save_explanation(
@@ -256,17 +394,20 @@ def save_explanation(
     """`attention.png` and `paths.png` of one image."""
     if len(paths) != 1:
         raise UserError(f"--explain: expected one image, got {len(paths)}")
-    transform: Any = create_transform(**classifier.input_config)
-    picture = open_image(paths[0], classifier.channels)
+    transform = make_transform(classifier.input_config)
+    picture = open_image(paths[0], classifier)
     centre = (picture.height // 2, picture.width // 2)
-    pixel = locate(classifier.input_config, picture.size, options.pixel or centre)
+    row, column = options.pixel or centre
+    pixel = locate(classifier.input_config, picture.size, (row, column))
     image = transform(picture)
     views = explain(classifier.net, image[None].to(device), pixel, options.layers)
     shown = to_picture(image, classifier.input_config)
     folder = Path(options.explain)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
-        "attention": figures.attention(shown, views, pixel),
+        "attention": figures.attention(
+            shown, views, pixel, f"row {row}, column {column} of the file"
+        ),
         "paths": figures.shares(shown, views),
     }
     for name, figure in drawn.items():
@@ -284,7 +425,7 @@ def locate(config: dict[str, Any], size: tuple[int, int], pixel: Sequence[int]) 
             f"--pixel: expected a row below {height} and a column below {width}, got {row} {column}"
         )
     # timm fills a border with the mean: here with a coordinate that is far from all.
-    transform: Any = create_transform(**{**config, "mean": (FAR,), "std": (1.0,)})
+    transform = make_transform(config, mean=(FAR,), std=(1.0,))
     crop = transforms.Compose([t for t in transform.transforms if not isinstance(t, PIXELS)])
     y, x = np.indices((height, width), dtype=np.float32)
     y, x = (np.asarray(crop(Image.fromarray(axis))) for axis in (y, x))
