@@ -125,50 +125,6 @@ def test_without_the_train_extra(capsys, monkeypatch):
     assert "pip install 'acmix[train]'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["fot"], "did you mean fit?"),
-        (["info", "--all"], "got --all"),
-        (["fit"], "model.name, data (or take them from a recipe"),
-        (["fit", "--config", "none.yaml"], "none.yaml"),
-        (["fit", "--config", RECIPE, "--model.nam", "x"], "did you mean model.name?"),
-        (
-            ["fit", "--config", RECIPE, "--trainer.max_epoch", "3"],
-            "did you mean trainer.max_epochs?",
-        ),
-        (["fit", "--config", RECIPE, "--data.val_frac", "1"], "did you mean data.val_fraction?"),
-        (["fit", "--config", RECIPE, "--data", "Digit"], "did you mean Digits?"),
-        (["fit", "--config", RECIPE, "--model.name", "resnet11_tiny_acmx"], "resnet11_tiny_acmix?"),
-        (["fit", "--config", RECIPE, "--model.opt", "adamww"], "did you mean adamw?"),
-        (["fit", "--config", RECIPE, "--model.sched", "cosin"], "did you mean cosine?"),
-        (["fit", "--config", RECIPE, "--trainer.max_epochs", "many"], "expected int, got 'many'"),
-        (["fit", "--config", RECIPE, "--threads", "0"], "threads: "),
-        (["fit", "--config", RECIPE, "--data.val_fraction", "1.5"], "val_fraction must lie"),
-        (["fit", "--config", RECIPE, "--model.model_kwargs.foo", "3"], "'foo'"),
-        (["fit", "--config", RECIPE, "--model.opt_kwargs.foo", "3"], "model.opt_kwargs: "),
-        (["fit", "--config", RECIPE, "--model.sched_kwargs.foo", "3"], "model.sched_kwargs: "),
-        (["fit", "--config", RECIPE, "--ckpt_path", RECIPE], "digits.yaml: "),
-        (["fit", "--config", RECIPE, "--trainer.accelerator", "tpu"], "torch_xla"),
-        (["fit", "--config", RECIPE, "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
-        (["validate"], "name a run"),
-        (["validate", "no/such/run"], "no/such/run is no run folder"),
-        (["predict", "--config", RECIPE, "--run", "no/such/run"], "no checkpoint at no/such/run"),
-    ],
-    ids=lambda value: " ".join(value).replace(RECIPE, "RECIPE") if isinstance(value, list) else "",
-)
-def test_mistakes(capsys, monkeypatch, tmp_path, args, expected):
-    monkeypatch.chdir(tmp_path)
-    assert expected in mistake(capsys, *args)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_key_in_a_configuration(capsys, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(Path(RECIPE).read_text().replace("smoothing:", "smothing:"))
-    assert "did you mean model.smoothing?" in mistake(capsys, "fit", "--config", str(config))
-
-
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     said = mistake(capsys, "fit", "--config", RECIPE, "--run", str(tmp_path / "file" / "run"))

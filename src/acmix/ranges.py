@@ -24,11 +24,11 @@ class Range(NamedTuple):
         if self == Range():
             return "a finite number"
         if self.above:
-            upper = f", {'below' if self.below else 'at most'} {self.high:g}"
-            return f"above {self.low:g}" + (upper if self.high < math.inf else "")
+            upper = f", {'below' if self.below else 'at most'} {self.high:.10g}"
+            return f"above {self.low:.10g}" + (upper if self.high < math.inf else "")
         if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"{self.low:g} to {'below ' if self.below else ''}{self.high:g}"
+            return f"at least {self.low:.10g}"
+        return f"{self.low:.10g} to {'below ' if self.below else ''}{self.high:.10g}"
 
 
 Number = Annotated[float, Range()]

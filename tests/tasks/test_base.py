@@ -46,6 +46,10 @@ class Brightness(Task):
         hp = self.hparams
         return create_network(hp["name"], hp["in_chans"], hp["model_kwargs"] or {}, num_classes=1)
 
+    @property
+    def measures(self):
+        return ["train_loss", "train_error", "val_fit"]
+
     def create_held_out(self):
         return Errors()
 

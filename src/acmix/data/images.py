@@ -125,6 +125,7 @@ class Images(ImageData):
             raise ValueError(f"data.scale: expected the smaller area first, got {scale}")
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         self.source = resolve(source)
+        check_effect(self.source, image_key=image_key, label_key=label_key, download=download)
         self.root = root if root is None else str(Path(root).expanduser().resolve())
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.max_corrupt, self.shuffle_buffer = max_corrupt, shuffle_buffer
@@ -268,6 +269,16 @@ class ImageSet(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image = load(self.images, self.indices[index], self.background)
         return self.transform(image), self.classes[index]
+
+
+def check_effect(source: str, **options: Any) -> None:
+    """An option that another kind of source takes raises ValueError."""
+    of = {"image_key": "hfds", "label_key": "hfds", "download": "torchvision"}
+    for name, value in options.items():
+        if value and source.partition("/")[0] != of[name]:
+            raise ValueError(
+                f"data.{name}: expected with data.source {of[name]}/NAME, got {source}"
+            )
 
 
 def check_fraction(images: Labelled, fraction: float) -> None:

@@ -25,6 +25,7 @@ from acmix.analysis import figures
 from acmix.errors import Parser, UserError, user_errors
 from acmix.models import list_models
 from acmix.tasks import command
+from acmix.tasks.base import nested
 from acmix.tasks.callbacks import Row, write_csv
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
@@ -130,14 +131,14 @@ def check_comparable(base: command.TrainingCLI) -> None:
         raise UserError("trainer.fast_dev_run: expected false, got true")
     if not trainer.limit_val_batches:
         raise UserError("trainer.limit_val_batches: expected held-out images, got 0")
-    with user_errors(*command.RUN_ERRORS):
+    with command.run_errors():
         base.datamodule.val_dataloader()
 
 
 def choose_variants(base: command.TrainingCLI, options: Namespace) -> dict[str, list[str]]:
     """Options of `acmix fit` by variant."""
     config = json.loads(base.parser.dump(base.config, format="json"))["model"]
-    name, kwargs = config["name"], config.get("model_kwargs") or {}
+    name, kwargs = config["name"], nested(config.get("model_kwargs") or {})
     if name not in list_models() or not name.endswith("_acmix"):
         raise UserError(f"model.name: expected a network of acmix that ends in _acmix, got {name}")
     conv = name.removesuffix("_acmix") + "_conv"
@@ -191,7 +192,7 @@ def train(folder: Path, args: list[str]) -> dict[str, Any]:
     resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
     cli = command.make("fit", [*args, "--run", str(folder), *resume])
     try:
-        with user_errors(*command.RUN_ERRORS):
+        with command.run_errors():
             summary = command.train(cli)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"Stopped in {folder}; the same command goes on.") from stop

@@ -148,6 +148,11 @@ class Task(LightningModule):
     def step(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a training batch, the mean over its images, and sums over them of `averages`."""
 
+    @property
+    @abstractmethod
+    def measures(self) -> list[str]:
+        """Names of what is logged, in training and on held-out images."""
+
     @abstractmethod
     def create_held_out(self) -> HeldOut:
         """What keeps, and later draws, the predictions of the latest validation."""
@@ -278,9 +283,9 @@ class Task(LightningModule):
 
     def _epochs(self, steps_an_epoch: int) -> float:
         """Of the schedule: what `max_epochs` says, though other limits may end a run within it."""
-        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
-        if epochs > 0:
-            return epochs
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        if epochs is not None and epochs >= 0:
+            return max(1, epochs)
         if steps < 0 and self.hparams["sched"] not in WITHOUT_END:
             raise ValueError(
                 "trainer.max_epochs, trainer.max_steps: expected an end of the schedule "
@@ -362,7 +367,24 @@ def create_network(
     """`timm.create_model`, with a suggestion where the name is unknown."""
     if ":" not in name:  # "hf-hub:..." and the like are looked up elsewhere
         check_known("model.name", name.split(".")[0], timm.list_models())
-    return timm.create_model(name, in_chans=in_chans, **more, **model_kwargs)
+    try:
+        return timm.create_model(name, in_chans=in_chans, **more, **nested(model_kwargs))
+    except RuntimeError as error:  # of a tag that there is not
+        raise ValueError(f"model.name: {one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.model_kwargs: {one_line(error)}") from error
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}`, as the command line gives it, -> `{"a": {"b": 1}}`."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        *folders, last = name.split(".")
+        place = found
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
+    return found
 
 
 def freeze_modules(net: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -397,7 +419,8 @@ def pretrained_weights(source: str) -> dict[str, Any]:
     if not Path(source).is_file():
         known = timm.list_models()
         if source.split(".")[0] not in known:
-            near = did_you_mean(source.split(".")[0], known)
+            a_file = "/" in source or source.endswith((".ckpt", ".pt", ".pth", ".safetensors"))
+            near = "" if a_file else did_you_mean(source.split(".")[0], known)
             raise ValueError(f"expected a checkpoint or a network of timm, got {source!r}{near}")
         if not timm.is_model_pretrained(source):
             raise ValueError(f"expected a network of timm with pretrained weights, got {source!r}")
@@ -405,7 +428,7 @@ def pretrained_weights(source: str) -> dict[str, Any]:
     try:
         weights = load_state_dict(source, use_ema=True, weights_only=True)
     except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
-        raise ValueError(f"expected a checkpoint, got {source}: {one_line(error)}") from error
+        raise ValueError(f"expected a checkpoint, got {source}, which holds none") from error
     for prefix in ("ema.module.", "net."):
         ours = {key: value for key, value in weights.items() if key.startswith(prefix)}
         if ours:

@@ -187,8 +187,8 @@ class StepLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        batches = trainer.fit_loop.total_batch_idx + 1
-        if batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        batches, every = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and batches % every == 0:
             values = {"loss": float(outputs["loss"]), "lr": learning_rate(trainer)}
             self._write(trainer, values)
             for logger in trainer.loggers:  # rows of an epoch they have from Lightning

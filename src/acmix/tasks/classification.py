@@ -82,6 +82,11 @@ class Classification(Task):
         kwargs = hp["model_kwargs"] or {}
         return create_network(hp["name"], hp["in_chans"], kwargs, num_classes=len(self.class_names))
 
+    @property
+    def measures(self) -> list[str]:
+        held_out = list(self.val_metrics.keys())
+        return ["train_loss", "train_accuracy", "val_loss", *map(str, held_out)]
+
     def create_held_out(self) -> HeldOut:
         return Classified()
 

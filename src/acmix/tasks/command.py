@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
 from jsonargparse import DefaultHelpFormatter
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -28,6 +26,7 @@ from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
 )
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from acmix import data as data_kinds
@@ -38,13 +37,29 @@ from acmix.tasks.base import Task
 from acmix.tasks.callbacks import History, LastCheckpoint, StepLog, WholeFileCheckpointIO, write_csv
 from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
-from acmix.tasks.options import explain_parser, own_words
+from acmix.tasks.options import (
+    check_config,
+    check_monitors,
+    check_own,
+    check_trainer,
+    explain_parser,
+    name_trainer_option,
+    own_words,
+    read_config,
+)
 from acmix.tasks.progress import TrainingBar
-from acmix.tasks.run_folder import Lock, check_folder, is_run, move_earlier_run, named_folder
+from acmix.tasks.run_folder import (
+    Lock,
+    check_folder,
+    is_run,
+    move_earlier_run,
+    named_folder,
+    nearest_run,
+)
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
-NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available")
+NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available|torch_xla")
 TERMINATED = 128 + signal.SIGTERM
 TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification,)}
 
@@ -93,6 +108,8 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before the loggers write, which may do so in this folder.
+        if trainer.enable_validation:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a mistake there moves no folder
         if not trainer.is_global_zero or trainer.fit_loop.skip:
             return
         self.lock.check()
@@ -181,7 +198,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--run", type=str, default="runs/fit", help="folder of this run")
         parser.add_argument(
             "--threads",
-            type=PositiveInt | None,
+            type=int | None,
             help="CPU threads; the default is PyTorch's choice",
         )
         parser.add_argument(
@@ -189,13 +206,13 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--every_n_steps",
-            type=PositiveInt,
+            type=int,
             default=500,
             help="steps from one last.ckpt to the next within an epoch",
         )
         parser.add_argument(
             "--patience",
-            type=PositiveInt | None,
+            type=int | None,
             help=f"stop after so many epochs without a better {self.task.monitor}",
         )
         parser.add_argument(
@@ -209,14 +226,18 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        kinds = data_of(self.task)
+        options = [action.dest for action in parser._actions]
+        for path in configs_of(args):
+            check_config(path, options)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            options = [action.dest for action in parser._actions]
-            message = explain_parser(str(error), options, kinds)
-            hint = f" ({HINTS[self.command]})" if "are required" in message else ""
+            message = explain_parser(str(error), options, data_of(self.task))
+            needed = message.startswith(("model.name", "data:", "data.source: expected a value"))
+            hint = f" ({HINTS[self.command]})" if needed and "got none" in message else ""
             raise UserError(message + hint) from error
+        check_own(self.config)
+        check_trainer(self.config["trainer"])
         folder = named_folder(self.config["run"])
         self.config["run"] = self.config["trainer"]["default_root_dir"] = folder
         check_ranges(Task.__init__, self.config["model"], "model.")
@@ -230,6 +251,7 @@ class TrainingCLI(LightningCLI):
         chosen = self.config_init["trainer"]
         callbacks = chosen.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        check_monitors(callbacks, self.model.measures)
         if self.command == "fit":
             callbacks += self._fit_callbacks(chosen)
             if logger := loggers.create_logger(self.config["logger"], self.run_folder):
@@ -237,20 +259,24 @@ class TrainingCLI(LightningCLI):
         else:
             self.speed = Speed()
             callbacks.append(self.speed)
+        plugins = [*_as_list(chosen.plugins), WholeFileCheckpointIO()]
+        if "SLURM_NTASKS" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
+            # Of a batch script, which srun did not start: Lightning would wait for others.
+            plugins.append(LightningEnvironment())
         try:
             trainer = super().instantiate_trainer(
                 **kwargs,
                 callbacks=callbacks,
-                plugins=[*_as_list(chosen.plugins), WholeFileCheckpointIO()],
+                plugins=plugins,
                 use_distributed_sampler=False,  # our loaders divide the images among processes
             )
-        except MisconfigurationException as error:
+        except (*SETUP_ERRORS, RuntimeError) as error:
             if NO_DEVICE.search(str(error)):
                 kind = chosen.accelerator
                 raise UserError(
                     f"trainer.accelerator: expected a device that is there, got {kind}"
                 ) from error
-            raise
+            raise UserError(name_trainer_option(one_line(error))) from error
         check_processes(trainer)
         return trainer
 
@@ -279,7 +305,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(TrainingBar(self.history, self.task.monitor))
         self.patience = self.last = None
         if patience := self.config["patience"]:
-            self.patience = Patience(self.task.monitor, mode="max", patience=int(patience))
+            self.patience = Patience(self.task.monitor, mode="max", patience=patience)
             callbacks.append(self.patience)
         if chosen.enable_checkpointing is not False:
             checkpoints = self.run_folder / "checkpoints"
@@ -328,8 +354,18 @@ def run(command: str, args: list[str], debug: bool = False) -> None:
             args = expand_run(args)
         cli = make(command, run_of_config(args))
         stages = {"fit": fit, "validate": evaluate, "test": evaluate, "predict": predict}
-        with user_errors(*RUN_ERRORS):
+        with run_errors():
             stages[command](cli)
+
+
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """Turn what goes wrong in a run for a reason of the user's into a `UserError`."""
+    try:
+        with user_errors(*RUN_ERRORS):
+            yield
+    except UserError as error:
+        raise UserError(name_trainer_option(str(error))) from error
 
 
 @contextmanager
@@ -356,11 +392,13 @@ def expand_run(args: list[str]) -> list[str]:
     if not args or args[0].startswith("-"):
         return args
     given = Path(args[0])
+    if not args[0] or not given.exists():
+        raise UserError(f"expected a run folder or checkpoint, got {args[0]!r}{nearest_run(given)}")
     folder = given if given.is_dir() else given.parent.parent
     checkpoint = folder / "checkpoints" / "last.ckpt" if given.is_dir() else given
     for needed in (checkpoint, folder / "config.yaml"):
         if not needed.is_file():
-            raise UserError(f"{given} is no run folder or checkpoint of one: no {needed}")
+            raise UserError(f"expected a run folder or checkpoint, got {given}: no {needed}")
     return [
         *("--config", str(folder / "config.yaml"), "--run", str(folder)),
         *("--ckpt_path", str(checkpoint), *args[1:]),
@@ -370,13 +408,12 @@ def expand_run(args: list[str]) -> list[str]:
 def task_of_args(args: list[str]) -> str:
     """`--task`, else that of the last configuration which names one."""
     options = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("-c", "--config", action="append", default=[])
     options.add_argument("--task")
     try:
-        given, _ = options.parse_known_args(args)
+        given = options.parse_known_args(args)[0].task
     except ArgumentError:
-        return Classification.task  # a value is missing, which the whole parser says better
-    named = [given.task] if given.task is not None else [task_of_config(f) for f in given.config]
+        given = None  # a value is missing, which the whole parser says better
+    named = [given] if given is not None else [read_config(f).get("task") for f in configs_of(args)]
     task = next((task for task in reversed(named) if task is not None), Classification.task)
     if task not in TASKS:
         offer = did_you_mean(str(task), TASKS)
@@ -384,12 +421,14 @@ def task_of_args(args: list[str]) -> str:
     return task
 
 
-def task_of_config(path: str) -> Any:
+def configs_of(args: list[str]) -> list[str]:
+    """The files that `--config` names."""
+    options = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-c", "--config", action="append", default=[])
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None  # which the whole parser says better
-    return content.get("task") if isinstance(content, dict) else None
+        return options.parse_known_args(args)[0].config
+    except ArgumentError:
+        return []  # a value is missing, which the whole parser says better
 
 
 def run_of_config(args: list[str]) -> list[str]:
@@ -398,15 +437,9 @@ def run_of_config(args: list[str]) -> list[str]:
     The folder that the file names may be another one: runs are moved, copied, and named from
     elsewhere.
     """
-    options = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("-c", "--config", action="append", default=[])
-    options.add_argument("--run")
-    try:
-        given, _ = options.parse_known_args(args)
-    except ArgumentError:
-        return args  # a value is missing, which the whole parser says better
-    folders = [Path(file).parent for file in given.config if Path(file).name == "config.yaml"]
-    if given.run is not None or not folders or not is_run(folders[-1]):
+    named = any(arg.split("=")[0] == "--run" for arg in args)
+    folders = [Path(file).parent for file in configs_of(args) if Path(file).name == "config.yaml"]
+    if named or not folders or not is_run(folders[-1]):
         return args
     return [*args, "--run", str(folders[-1])]
 
@@ -486,12 +519,16 @@ def check_checkpoint(path: Path, model: Task) -> None:
     """Before any work: a file that cannot be read or holds another network raises `UserError`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        model.on_load_checkpoint(checkpoint)
-        was, opt = checkpoint["hyper_parameters"]["opt"], model.hparams["opt"]
-        if was != opt:
-            raise ValueError(f"the checkpoint was trained with model.opt {was}, not {opt}")
+        was = checkpoint["hyper_parameters"]["opt"]
     except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
-        raise UserError(f"{path}: {one_line(error)}") from error
+        raise UserError(f"ckpt_path: expected a checkpoint of acmix fit, got {path}") from error
+    with user_errors(ValueError):
+        try:
+            model.on_load_checkpoint(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{path}: {one_line(error)}") from error
+        if was != (opt := model.hparams["opt"]):
+            raise ValueError(f"{path}: the checkpoint was trained with model.opt {was}, not {opt}")
 
 
 def _why_nothing_was_trained(cli: TrainingCLI) -> str:

@@ -31,6 +31,7 @@ from acmix.data.sources import as_rgb, why_unreadable
 from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
 from acmix.tasks.base import task_of
 from acmix.tasks.classification import Classification, flipped_logits
+from acmix.tasks.run_folder import nearest_run
 
 FAR = -1e6
 PIXELS = (MaybeToTensor, transforms.Normalize)  # transforms that move none
@@ -166,14 +167,6 @@ def load(network: str, weights: str | None = None, classes: str | None = None) -
     return load_timm(network, Path(weights), Path(classes) if classes else None)
 
 
-def nearest_run(path: Path) -> str:
-    """A run beside the path, of nearly its name."""
-    if not path.parent.is_dir():
-        return ""
-    runs = [str(run) for run in sorted(path.parent.iterdir()) if (run / "checkpoints").is_dir()]
-    return did_you_mean(str(path), runs)
-
-
 def load_checkpoint(path: Path) -> Classifier:
     """The network of a checkpoint of `acmix fit`; nothing in the file is run."""
     try:
@@ -195,6 +188,8 @@ def load_checkpoint(path: Path) -> Classifier:
 def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
     if not weights.is_file():
         raise UserError(f"--weights: no file {weights}")
+    if classes and not classes.is_file():
+        raise UserError(f"--classes: no file {classes}")
     names = classes.read_text().splitlines() if classes else []
     options: dict[str, Any] = {"num_classes": len(names)} if names else {}
     try:  # timm reads safetensors, and pickles with weights_only
@@ -204,7 +199,9 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
             raise UserError(
                 f"--weights: {weights} is a checkpoint of acmix fit: acmix predict {weights} IMAGES"
             ) from error
-        raise UserError(f"{weights} holds no weights of {name}: {one_line(error)}") from error
+        of_another = isinstance(error, RuntimeError) and "state_dict" in str(error)
+        why = f": {one_line(error)}" if of_another else ""
+        raise UserError(f"--weights: {weights} holds no weights of {name}{why}") from error
     count: Any = net.num_classes
     if not names and count == 1000:
         info = ImageNetInfo()

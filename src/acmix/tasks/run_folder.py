@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from acmix.errors import UserError
+from acmix.errors import UserError, did_you_mean
 
 LOCK = "lock.json"
 BEAT = 20.0  # seconds from one sign of life to the next
@@ -52,6 +52,14 @@ def move_earlier_run(folder: Path) -> None:
     print(f"{folder} held an earlier run, which is now {aside}", file=sys.stderr)
 
 
+def nearest_run(path: Path) -> str:
+    """A run beside the path, of nearly its name."""
+    if not path.parent.is_dir():
+        return ""
+    runs = [str(run) for run in sorted(path.parent.iterdir()) if (run / "checkpoints").is_dir()]
+    return did_you_mean(str(path), runs)
+
+
 class Lock:
     """`lock.json` in a run's folder, as long as this process writes there.
 
@@ -78,7 +86,12 @@ class Lock:
 
     def take(self) -> None:
         """Make the lock, for this process; where another was faster, raise `UserError`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folders = [self.path.parent, *self.path.parent.parents]
+        self._made = [folder for folder in folders if not folder.exists()]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run: cannot make {self.path.parent}: {error.strerror}") from error
         own = {
             "process": os.getpid(),
             "host": socket.gethostname(),
@@ -102,6 +115,9 @@ class Lock:
             self._stop.set()
             self._stop = None
             self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # of what is no longer empty
+                for folder in self._made:
+                    folder.rmdir()
 
     def _beat(self, stop: threading.Event) -> None:
         while not stop.wait(BEAT):
