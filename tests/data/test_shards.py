@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 
@@ -10,7 +11,7 @@ import torch
 from data.pictures import add, number_of, picture, write_shards
 from torchvision.transforms.functional import to_tensor
 
-from acmix.data.shards import ShardStream, make_shard_loader, open_shards
+from acmix.data.shards import Shards, ShardStream, make_shard_loader, open_shards, shard_splits
 
 LENGTHS = [7, 1, 12, 5, 9]  # 34 images
 
@@ -41,6 +42,69 @@ def test_info_names_classes_and_lengths(shards, tmp_path):
     found = open_shards(str(tmp_path / "shards"), ("train",))
     assert found == (shards.urls, LENGTHS, ["x", "y", "z"])
     assert open_shards(str(tmp_path / "shards"), ("val",)) is None
+
+
+def test_a_shard_is_of_the_split_whose_name_it_has(tmp_path):
+    for split in ("train", "trainval", "train_extra"):
+        write_shards(tmp_path, split, [2])
+    shutil.copy(tmp_path / "train-000.tar", tmp_path / "._train-001.tar")
+    for name in ("train.tar", "train_1.tar", "train-00000-of-00010.tar"):
+        shutil.copy(tmp_path / "train-000.tar", tmp_path / name)
+    found = open_shards(str(tmp_path), ("train",))
+    assert sorted(url.rpartition("/")[2] for url in found.urls) == [
+        "train-000.tar",
+        "train-00000-of-00010.tar",
+        "train.tar",
+        "train_1.tar",
+    ]
+    assert len(open_shards(str(tmp_path), ("train_extra",)).urls) == 1
+    assert shard_splits(str(tmp_path)) == ("train", "train_extra", "trainval")
+
+
+def test_what_systems_leave_is_no_sample(tmp_path):
+    write_shards(tmp_path, "train", [2])
+    with tarfile.open(tmp_path / "train-000.tar", "a") as tar:
+        for name in ("pets/._0.png", "pets/._0.cls", "__MACOSX/0.png", "__MACOSX/0.cls"):
+            add(tar, name, b"x")
+    loader = make_shard_loader(
+        stream_of(open_shards(str(tmp_path), ("train",))), batch_size=2, train=False
+    )
+    assert numbers(loader) == [[0, 1]]
+
+
+WRONG = [
+    (("img.0001.png", "img.0001.cls"), "expected keys without dots, got img.0001.cls"),
+    (("a/b.c.png", "a/b.c.CLS"), "expected keys without dots, got a/b.c.cls"),
+    (("0.png", "0.png", "0.cls"), "expected each member once, got 0.png twice"),
+    (("0.png", "0.cls", "0.CLS"), "expected each member once, got 0.CLS twice"),
+    (("0.cls.png", "1.cls"), "expected a class's number in 1.cls, got b'x'"),
+]
+
+
+@pytest.mark.parametrize(("members", "said"), WRONG, ids=[members[-1] for members, _ in WRONG])
+def test_a_member_that_is_wrong_is_named_with_its_shard(tmp_path, members, said):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name in members:
+            add(tar, name, b"x")
+    with pytest.raises(ValueError, match=rf"^data.source: cannot read .*/train-0.tar: {said}$"):
+        open_shards(str(tmp_path), ("train",))
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        (("0.png", "0.png", "0.cls"), "train-0.tar: 0.png: duplicate file name"),
+        (("img.0001.png", "img.0001.cls"), "train-0.tar/img: expected keys without dots"),
+    ],
+)
+def test_a_wrong_member_is_named_as_it_comes_too(tmp_path, members, said):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name in members:
+            add(tar, name, b"x")
+    listed = Shards([str(tmp_path / "train-0.tar")], [1], ["0", "1"])
+    with pytest.raises(ValueError, match=said) as caught:
+        list(make_shard_loader(stream_of(listed), batch_size=1, train=False))
+    assert "(" not in str(caught.value).partition(" (data.max_corrupt")[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

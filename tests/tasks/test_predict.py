@@ -141,7 +141,7 @@ def test_a_pixel_that_is_cut_off_is_refused():
         (("{run}", "{image}", "--device", "gpu"), "--device: expected one that is there, got gpu"),
         (("{run}", "--format", "csv"), "arguments are required: IMAGE_OR_FOLDER"),
         (("--top", "3", "{run}", "no.png"), "got no such file: 'no.png'"),
-        (("{run}", "{empty}"), "{empty}: expected images (.apng"),
+        (("{run}", "{empty}"), "{empty}: expected images, found none (looked for .apng"),
         (("{images}", "{image}"), "{images} is no run folder: no {images}/checkpoints/last.ckpt"),
         (
             ("{images}/notes.txt", "{image}"),
@@ -209,9 +209,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(run, images, tmp_pat
     else:
         assert [re.split(r",| {2}", line)[0] for line in out.splitlines()[1:]] == names
     passed, *unread, last = err.splitlines()
-    assert passed.endswith(
-        f"files passed over: 1 hidden ({folder}/._2.png), 2 of no known suffix "
-        f"({folder}/3.heic and 1 more)"
+    assert passed == (
+        f"{folder}: passed over 1 file ({folder}/._2.png) left by systems and tools; 2 files (such "
+        f"as {folder}/3.heic) with no suffix of an image that Pillow reads"
     )
     assert unread == [
         f"cannot read {folder}/1.png: no image",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from acmix.data.loading import Sample, make_loader
+from acmix.data.survey import Picture
 from acmix.ranges import Count, PositiveCount, check_ranges
 
 
@@ -27,7 +31,8 @@ class ImageData(LightningDataModule):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     class_names: list[str]
-    input_config: dict[str, Any] | None = None  # arguments of timm.data.create_transform
+    # Arguments of timm.data.create_transform, and `background`, the colour beneath transparency.
+    input_config: dict[str, Any] | None = None
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
     def __init__(self, batch_size: PositiveCount = 64, num_workers: Count = 0) -> None:
@@ -61,6 +66,20 @@ class ImageData(LightningDataModule):
             raise ValueError("model.class_weights: expected numbers with shards, got balanced")
         counts = Counter(classes)
         return [counts[index] for index in range(len(self.class_names))]
+
+    def pictures(self) -> dict[str, Iterable[Picture]]:
+        """Every image by part (train, val, test), to look at before training."""
+        parts = {"train": self.train_set(), "val": self.val_set(), "test": self.test_set()}
+        return {part: self._pictures(part, data) for part, data in parts.items() if data}
+
+    def _pictures(self, part: str, data: Any) -> Iterator[Picture]:
+        for index in range(len(data)):
+            label = self.class_names[data[index][1]]
+            yield Picture(f"image {index} of {part}", label, partial(self._picture, data, index))
+
+    def _picture(self, data: Any, index: int) -> Image.Image:
+        pixels = self.to_pixels(data[index][0][None])[0].permute(1, 2, 0).mul(255).round()
+        return Image.fromarray(pixels.byte().numpy().squeeze())
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_set(), train=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import os
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 from PIL.Image import Image
@@ -19,19 +18,27 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from acmix.data.base import ImageData
+from acmix.data.files import printable
 from acmix.data.loading import Sample
-from acmix.data.shards import Shards, ShardStream, make_shard_loader, open_shards
+from acmix.data.shards import (
+    Shards,
+    ShardStream,
+    make_shard_loader,
+    open_shards,
+    shard_pictures,
+    shard_splits,
+)
 from acmix.data.sources import (
     SPLITS,
     Labelled,
     as_rgb,
     check_colour,
+    locate,
     open_split,
-    resolve,
     split_names,
     why_unreadable,
 )
-from acmix.errors import few
+from acmix.data.survey import Picture, in_threads
 from acmix.ranges import (
     Count,
     NonNegative,
@@ -92,11 +99,11 @@ class Images(ImageData):
             download: Let torchvision download what is not there.
             train_split: Name of the part to learn from; by default train, training or trainval.
             val_split: Name of the held-out part; by default val, valid, validation or eval.
-            test_split: Name of the part for `acmix test`; by default test, else the held-out part.
+            test_split: Name of the part for `acmix test`; by default test.
             val_fraction: Hold out this part of every class of the training images instead.
             split_seed: Seed of the choice of held-out images; apart from the training seed.
-            image_key: Column of the images of a Hugging Face data set; by default the only one.
-            label_key: Column of their classes; by default the only one.
+            image_key: Column of the images of a Hugging Face data set, if there are several.
+            label_key: Column of their classes, if there are several.
             like: Network of timm whose input size, crop, interpolation, mean and std are the
                 defaults; without one 224 pixels, 0.875, bicubic, and those of ImageNet.
             img_size: Height and width in pixels.
@@ -104,7 +111,7 @@ class Images(ImageData):
             interpolation: Of resizing; random is bilinear or bicubic in training.
             mean: Of red, green and blue, to normalise with.
             std: Of red, green and blue.
-            background: Colour behind what is transparent, by name or as #rrggbb.
+            background: Colour beneath transparent images, a name or #rrggbb.
             crop_padding: Train on crops of the whole image padded by this many pixels, as is the
                 custom for CIFAR, and keep held-out images whole; 0 for crops of any size.
             scale: Range of the area of training crops, as a part of the image.
@@ -124,12 +131,12 @@ class Images(ImageData):
         if scale[0] > scale[1]:
             raise ValueError(f"data.scale: expected the smaller area first, got {scale}")
         super().__init__(batch_size=batch_size, num_workers=num_workers)
-        self.source = resolve(source)
+        check_colour(background)
+        self.source, self.root = locate(source, root)
         check_effect(self.source, image_key=image_key, label_key=label_key, download=download)
-        self.root = root if root is None else str(Path(root).expanduser().resolve())
+        self.background = background
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.max_corrupt, self.shuffle_buffer = max_corrupt, shuffle_buffer
-        self.background = check_colour(background)
         self.open_kwargs: dict[str, Any] = {"root": self.root, "download": download}
         self.open_kwargs |= {"image_key": image_key, "label_key": label_key}
         chosen = {"train": train_split, "val": val_split, "test": test_split}
@@ -151,17 +158,14 @@ class Images(ImageData):
         self.class_names = self.train_images.class_names
         if len(self.class_names) < 2:
             raise ValueError(
-                f"data.source: expected 2 classes or more in {self.source}, got {self.class_names}"
+                f"data.source: expected 2 classes or more in {printable(self.source)}, "
+                f"got {self.class_names}"
             )
 
     def train_set(self) -> Dataset[Sample]:
         if isinstance(self.train_images, Shards):
             return self._stream(self.train_images, train=True)
-        train = (
-            self._divided(self.train_images)[0]
-            if self.val_fraction
-            else range(len(self.train_images.labels))
-        )
+        train, _ = self._divided(self.train_images)
         return self._image_set(self.train_images, train, self.train_transform)
 
     def val_set(self) -> Dataset[Sample]:
@@ -176,13 +180,22 @@ class Images(ImageData):
     def test_set(self) -> Dataset[Sample] | None:
         return self._whole("test") if self._find("test") else None
 
+    def pictures(self) -> dict[str, Iterable[Picture]]:
+        parts: dict[str, Iterable[Picture]] = {}
+        train, val = self._divided(self.train_images)
+        parts["train"] = pictures_of(self.train_images, train)
+        if self.val_fraction:
+            parts["val"] = pictures_of(self.train_images, val)
+        for part in ("val", "test"):
+            images = None if part in parts else self._find(part)
+            if images is not None:
+                check_classes(images, self.class_names, part)
+                parts[part] = pictures_of(images, range(count_of(images)))
+        return parts
+
     def _whole(self, part: str) -> Dataset[Sample]:
         images = self._open(part)
-        unknown = sorted(set(images.class_names) - set(self.class_names))
-        if unknown:
-            raise ValueError(
-                f"data.source: expected the classes of training in {part}, got {unknown[0]!r} too"
-            )
+        check_classes(images, self.class_names, part)
         if isinstance(images, Shards):
             return self._stream(images, train=False)
         return self._image_set(images, range(len(images.labels)), self.eval_transform)
@@ -190,42 +203,60 @@ class Images(ImageData):
     def _open(self, part: str) -> Labelled | Shards:
         if images := self._find(part):
             return images
-        there = split_names(self.source)
-        near = [name for name in there if name.lower().startswith(part)] or ["NAME"]
-        offer = " or --data.val_fraction 0.1" if part == "val" else ""
+        there = self._part_names()
+        found = ", ".join(map(printable, there)) or "no split of another name"
         raise ValueError(
-            f"data.source: expected a split {' or '.join(self.splits[part])} in {self.source}, "
-            f"got {few(there, 8) or 'none of them'}; name one with "
-            f"--data.{part}_split {near[0]}{offer}"
+            f"data.source: expected a split {' or '.join(self.splits[part])} in "
+            f"{printable(self.source)}, got {found}; {self._offer(part, there)}"
         )
 
     def _find(self, part: str) -> Labelled | Shards | None:
         kind, _, path = self.source.partition("/")
         if kind == "wds":
             return open_shards(path, self.splits[part])
-        return open_split(self.source, self.splits[part], **self.open_kwargs)
+        return open_split(self.source, self.splits[part], part == "train", **self.open_kwargs)
 
-    def _divided(self, images: Labelled) -> tuple[list[int], list[int]]:
+    def _part_names(self) -> tuple[str, ...]:
+        kind, _, path = self.source.partition("/")
+        return shard_splits(path) if kind == "wds" else split_names(self.source, self.root)
+
+    def _offer(self, part: str, there: Sequence[str]) -> str:
+        """What to name the part with, and the nearest of the names that are no other part's."""
+        others = {name for names in SPLITS.values() for name in names} - set(SPLITS[part])
+        free = [name for name in there if name not in others]
+        near = [match for name in self.splits[part] for match in get_close_matches(name, free, 1)]
+        question = f"did you mean {printable(near[0])}? Name" if near else "name"
+        fraction = " or --data.val_fraction 0.1" if part == "val" else ""
+        name = f" {shlex.quote(near[0])}" if near else ""
+        return f"{question} it with --data.{part}_split{name}{fraction}"
+
+    def _divided(self, images: Labelled | Shards) -> tuple[list[int], list[int]]:
         """Indices (learned from, held out), every class in proportion."""
+        if not self.val_fraction or isinstance(images, Shards):
+            return list(range(count_of(images))), []
         labels = images.labels
-        if not self.val_fraction:
-            return list(range(len(labels))), []
-        check_fraction(images, self.val_fraction)
+        check_pairs(images)
         from sklearn.model_selection import train_test_split  # half a second
 
-        train, val = train_test_split(
-            range(len(labels)),
-            test_size=self.val_fraction,
-            random_state=self.split_seed,
-            stratify=labels,
-        )
+        try:
+            train, val = train_test_split(
+                range(len(labels)),
+                test_size=self.val_fraction,
+                random_state=self.split_seed,
+                stratify=labels,
+            )
+        except ValueError as error:
+            raise ValueError(
+                "data.val_fraction: expected an image of every class in both parts, got "
+                f"{self.val_fraction} of {len(labels)} images for {len(set(labels))} classes"
+            ) from error
         return sorted(train), sorted(val)
 
     def _image_set(
         self, images: Labelled, indices: Sequence[int], transform: Transform
     ) -> ImageSet:
         if self.max_corrupt:
-            indices = readable(images, indices, self.max_corrupt)
+            indices = readable(images, indices, self.max_corrupt, self.background)
         return ImageSet(images, indices, self.class_names, transform, self.background)
 
     def _stream(self, shards: Shards, train: bool) -> ShardStream:
@@ -233,9 +264,9 @@ class Images(ImageData):
             shards,
             self.class_names,
             self.train_transform if train else self.eval_transform,
-            background=self.background,
             shuffle_buffer=self.shuffle_buffer if train else 0,
             max_corrupt=self.max_corrupt,
+            background=self.background,
         )
 
     def _loader(self, data: Dataset[Sample], train: bool = False) -> Any:
@@ -253,11 +284,11 @@ class ImageSet(Dataset[Sample]):
         indices: Sequence[int],
         class_names: list[str],
         transform: Transform,
-        background: str = "white",
+        background: str,
     ) -> None:
         places = [class_names.index(name) for name in images.class_names]
-        self.images, self.indices, self.transform = images, indices, transform
-        self.background = background
+        self.images, self.indices = images, indices
+        self.transform, self.background = transform, background
         self.classes = [places[images.labels[index]] for index in indices]
 
     def __len__(self) -> int:
@@ -272,49 +303,64 @@ class ImageSet(Dataset[Sample]):
 
 
 def check_effect(source: str, **options: Any) -> None:
-    """An option that another kind of source takes raises ValueError."""
+    """ValueError for an option that only another kind of source takes."""
     of = {"image_key": "hfds", "label_key": "hfds", "download": "torchvision"}
     for name, value in options.items():
         if value and source.partition("/")[0] != of[name]:
             raise ValueError(
-                f"data.{name}: expected with data.source {of[name]}/NAME, got {source}"
+                f"data.{name}: expected with data.source {of[name]}/NAME, got {printable(source)}"
             )
 
 
-def check_fraction(images: Labelled, fraction: float) -> None:
-    """A class that cannot be divided, or too few images for all classes, raise ValueError."""
-    counts = Counter(images.labels)
-    label, fewest = min(counts.items(), key=lambda of: of[1])
-    if fewest < 2:
-        name = images.name(images.labels.index(label))
+def check_classes(images: Labelled | Shards, names: list[str], part: str) -> None:
+    """ValueError for a class of a part that training does not have."""
+    unknown = sorted(set(images.class_names) - set(names))
+    if unknown:
         raise ValueError(
-            "data.val_fraction: expected 2 images or more of every class, got 1 of "
-            f"{images.class_names[label]} ({name})"
-        )
-    images_held_out = math.ceil(fraction * len(images.labels))
-    if min(images_held_out, len(images.labels) - images_held_out) < len(counts):
-        raise ValueError(
-            f"data.val_fraction: expected an image or more of each of the {len(counts)} classes on "
-            f"both sides, got {fraction:g} of {len(images.labels)} images"
+            f"data.source: expected the classes of training in {part}, got {unknown[0]!r} too"
         )
 
 
-def load(images: Labelled, index: int, background: str = "white") -> Image:
-    """One image, in red, green and blue.
+def count_of(images: Labelled | Shards) -> int:
+    return sum(images.lengths) if isinstance(images, Shards) else len(images.labels)
+
+
+def pictures_of(images: Labelled | Shards, indices: Sequence[int]) -> Iterator[Picture]:
+    """Images to look at, of some indices; of shards all."""
+    if isinstance(images, Shards):
+        yield from shard_pictures(images)
+        return
+    for index in indices:
+        label = images.class_names[images.labels[index]]
+        yield Picture(images.name(index), label, partial(images.load, index))
+
+
+def check_pairs(images: Labelled) -> None:
+    """ValueError for a class of one image, of which none can be held out."""
+    for label, count in Counter(images.labels).items():
+        if count < 2:
+            only = images.name(images.labels.index(label))
+            raise ValueError(
+                "data.val_fraction: expected 2 images or more of every class, got 1 of "
+                f"{images.class_names[label]!r} ({only})"
+            )
+
+
+def load(images: Labelled, index: int, background: str) -> Image:
+    """One image.
 
     Raises:
         ValueError: If it cannot be read; the message names it.
     """
     try:
-        with images.open(index) as image:
-            return as_rgb(image, background)
+        return as_rgb(images.load(index), background)
     except Exception as error:  # of a broken file, Pillow raises anything
         raise ValueError(
             f"data.source: cannot read {images.name(index)}: {why_unreadable(error)}"
         ) from error
 
 
-def readable(images: Labelled, indices: Sequence[int], limit: int) -> list[int]:
+def readable(images: Labelled, indices: Sequence[int], limit: int, background: str) -> list[int]:
     """The indices of images that can be read; the others are named.
 
     Raises:
@@ -323,22 +369,20 @@ def readable(images: Labelled, indices: Sequence[int], limit: int) -> list[int]:
 
     def complaint(index: int) -> str | None:
         try:
-            load(images, index)
+            load(images, index, background)
         except ValueError as error:
             return str(error)
         return None
 
     good, bad = [], 0
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for index, said in zip(indices, threads.map(complaint, indices), strict=True):
-            if said is None:
-                good.append(index)
-                continue
-            bad += 1
-            if bad > limit:
-                threads.shutdown(cancel_futures=True)
-                raise ValueError(f"{said} (data.max_corrupt: expected {limit} at most)")
-            print(f"skipped {bad} of at most {limit}: {said}", file=sys.stderr)
+    for index, said in zip(indices, in_threads(complaint, indices), strict=True):
+        if said is None:
+            good.append(index)
+            continue
+        bad += 1
+        if bad > limit:
+            raise ValueError(f"{said} (data.max_corrupt: expected {limit} at most)")
+        print(f"skipped {bad} of at most {limit}: {said}", file=sys.stderr)
     return good
 
 

@@ -7,13 +7,13 @@ however unequal the shards are. It takes knowing how many images are in each sha
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
@@ -26,12 +26,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from acmix.data.files import suffixes
+from acmix.data.files import EXTENSIONS, is_hidden, printable
 from acmix.data.loading import Sample, even_batch_size, kept_random_state, seed_generators
 from acmix.data.sources import as_rgb, why_unreadable
-from acmix.errors import one_line
+from acmix.data.survey import Picture
 
 INFO = "_info.json"
+NUMBERS = r"(\d+|([-_.](of[-_.])?\d+)+)?\.tar"  # what follows the split in a shard's name
 Stretch = tuple[int, int]  # of the line: from, and up to but without
 Raw = dict[str, Any]  # what webdataset gives of one sample: bytes by suffix
 
@@ -49,8 +50,8 @@ def open_shards(path: str, names: tuple[str, ...]) -> Shards | None:
 
     `_info.json` there, in timm's form with the names of the classes added, says what it holds:
     {"class_names": [...], "splits": {"train": {"filenames": [...], "shard_lengths": [...]}}}. In a
-    folder without it, the shards are train*.tar and so on, or train/*.tar; their tar headers are
-    read, and the classes are named by their numbers.
+    folder without it, the shards are train.tar, train-000.tar and so on, or train/*.tar; their tar
+    headers are read, and the classes are named by their numbers.
 
     Raises:
         ValueError: If there is neither, or it is not of that form.
@@ -76,36 +77,86 @@ def open_shards(path: str, names: tuple[str, ...]) -> Shards | None:
         raise ValueError(f"data.source: cannot read {where}: {reason}") from error
 
 
-def _scan(folder: Path, names: tuple[str, ...]) -> Shards | None:
-    from webdataset.tariterators import base_plus_ext
+def shard_splits(path: str) -> tuple[str, ...]:
+    """The names of splits that the tar files of a folder have, for messages."""
+    names = {re.sub(NUMBERS + "$", "", file.name) for file in Path(path).glob("*.tar")}
+    return tuple(sorted(name for name in names if not is_hidden(name)))
 
-    found = (shards_of(folder, name) for name in names)
+
+def _scan(folder: Path, names: tuple[str, ...]) -> Shards | None:
+    found = (_shards_of(folder, name) for name in names)
     paths = next((paths for paths in found if paths), None)
     if paths is None:
         return None
     lengths, classes = [], {0}
     for path in paths:
-        try:
-            with tarfile.open(path) as tar:
-                labels = [member for member in tar if member.name.endswith(".cls")]
-                for member in labels:
-                    if base_plus_ext(member.name)[1] != "cls":  # the key ends at the first dot
-                        raise ValueError(f"expected keys without dots, got {member.name}")
-                    classes.add(int(tar.extractfile(member).read()))  # type: ignore[union-attr]
-        except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-            raise ValueError(f"data.source: cannot read {path}: {one_line(error)}") from error
+        labels = _labels(path)
         lengths.append(len(labels))
-    if not sum(lengths):
-        raise ValueError(f"data.source: expected KEY.cls beside KEY.jpg in {paths[0]}, got none")
+        classes.update(labels)
     class_names = [str(number) for number in range(max(classes) + 1)]
     return Shards([str(path) for path in paths], lengths, class_names)
 
 
-def shards_of(folder: Path, name: str) -> list[Path]:
-    """NAME.tar, NAME-000.tar and the like, else what is in the folder NAME, in order."""
-    form = re.compile(rf"{re.escape(name)}([-_.]?\d+([-_.](of[-_.])?\d+)*)?\.tar")
-    named = [path for path in folder.glob("*.tar") if form.fullmatch(path.name)]
-    return sorted(named or folder.glob(f"{glob.escape(name)}/*.tar"))
+def _shards_of(folder: Path, name: str) -> list[Path]:
+    """NAME.tar, NAME-000.tar, NAME-0-of-8.tar and the like, or else all of NAME/."""
+    form = re.compile(re.escape(name) + NUMBERS)
+    below = (folder / name).glob("*.tar")
+    shards = [path for path in folder.glob("*.tar") if form.fullmatch(path.name)]
+    return sorted(shards or (path for path in below if not is_hidden(path.name)))
+
+
+def _labels(path: Path) -> list[int]:
+    """The classes of a shard's samples, from its headers and its members KEY.cls.
+
+    Raises:
+        ValueError: If it cannot be read, or its names are not those of samples.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            members = _members(tar)
+            for key, suffixes in members.items():
+                check_key(key, suffixes)
+            labels = (suffixes["cls"] for suffixes in members.values() if "cls" in suffixes)
+            return [_number(tar, member) for member in labels]
+    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"data.source: cannot read {printable(str(path))}: {error}") from error
+
+
+def _members(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The members of each sample by key and suffix, split as webdataset does."""
+    from webdataset.tariterators import base_plus_ext
+
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in tar:
+        key, suffix = base_plus_ext(member.name)
+        if key is None or not member.isfile() or not is_of_sample(member.name):
+            continue
+        suffixes = members.setdefault(key, {})
+        if suffix.lower() in suffixes:
+            raise ValueError(f"expected each member once, got {printable(member.name)} twice")
+        suffixes[suffix.lower()] = member
+    return members
+
+
+def _number(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    text = tar.extractfile(member).read()  # type: ignore[union-attr]  # of files, never None
+    try:
+        return int(text)
+    except ValueError as error:
+        name = printable(member.name)
+        raise ValueError(f"expected a class's number in {name}, got {text[:20]!r}") from error
+
+
+def is_of_sample(member: str) -> bool:
+    """Whether a member of a shard is none of those that systems leave behind."""
+    return not any(is_hidden(name) for name in member.split("/") if name not in (".", ".."))
+
+
+def check_key(key: str, suffixes: Iterable[str]) -> None:
+    """ValueError where the key of a class has dots: webdataset splits a name at its first."""
+    dotted = next((suffix for suffix in suffixes if suffix.endswith(".cls")), None)
+    if dotted and "cls" not in suffixes:
+        raise ValueError(f"expected keys without dots, got {printable(key)}.{dotted}")
 
 
 class ShardStream(Dataset[Sample]):
@@ -116,9 +167,9 @@ class ShardStream(Dataset[Sample]):
         shards: Shards,
         class_names: list[str],
         transform: Callable[[Image.Image], Tensor],
-        background: str = "white",
         shuffle_buffer: int = 0,
         max_corrupt: int = 0,
+        background: str = "white",
     ) -> None:
         self.shards, self.transform, self.background = shards, transform, background
         self.shuffle_buffer, self.max_corrupt = shuffle_buffer, max_corrupt
@@ -134,8 +185,8 @@ class ShardStream(Dataset[Sample]):
             ValueError: If the image or its class cannot be read; the message names it.
         """
         try:
-            suffix = next(suffix for suffix in raw if f".{suffix}" in suffixes())
-            image = as_rgb(Image.open(io.BytesIO(raw[suffix])), self.background)
+            check_key(raw["__key__"], raw)
+            image = as_rgb(open_raw(raw), self.background)
             label = int(raw["cls"])
             if not 0 <= label < len(self.places):
                 raise ValueError(f"expected a class below {len(self.places)}, got {label}")
@@ -144,8 +195,26 @@ class ShardStream(Dataset[Sample]):
             why = {StopIteration: "no image", KeyError: "no .cls"}.get(
                 type(error), why_unreadable(error)
             )
-            name = f"{raw['__url__']}/{raw['__key__']}"
+            name = printable(f"{raw['__url__']}/{raw['__key__']}")
             raise ValueError(f"data.source: cannot read {name}: {why}") from error
+
+
+def shard_pictures(shards: Shards) -> Iterator[Picture]:
+    """All images of some shards, in order, to look at."""
+    stream = ShardStream(shards, shards.class_names, lambda image: image)  # type: ignore[arg-type, return-value]
+    for _, raw in read(shards, list(range(len(shards.urls))), [(0, len(stream))]):
+        label = raw.get("cls", b"").decode(errors="replace").strip()
+        known = label.isdecimal() and int(label) < len(shards.class_names)
+        name = printable(f"{raw['__url__']}/{raw['__key__']}")
+        yield Picture(
+            name, shards.class_names[int(label)] if known else "?", partial(open_raw, raw)
+        )
+
+
+def open_raw(raw: Raw) -> Image.Image:
+    """The image of a sample, as stored; StopIteration where it has none."""
+    suffix = next(suffix for suffix in raw if f".{suffix}" in EXTENSIONS)
+    return Image.open(io.BytesIO(raw[suffix]))
 
 
 def make_shard_loader(
@@ -360,12 +429,13 @@ def read_shard(url: str, length: int) -> Iterator[Raw]:
 
     count = 0
     try:
-        for raw in tarfile_samples([{"url": url}], handler=reraise_exception):
+        samples = tarfile_samples([{"url": url}], reraise_exception, is_of_sample)
+        for raw in samples:
             count += 1
             yield raw
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        why, twice, _ = str(error.args[0]).partition(": duplicate file name")
-        why += " is there twice" if twice else ""
+        # webdataset adds its own objects to the arguments, and to the text of a double member
+        why = printable(str(error.args[0]).partition(" in tar file")[0])
         raise ValueError(f"data.source: cannot read {url}: {why}") from error
     if count != length:
         raise ValueError(f"data.source: expected {length} samples in {url}, got {count}")

@@ -25,8 +25,8 @@ from torchvision import transforms
 
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
+from acmix.data.files import EXTENSIONS, printable
 from acmix.data.files import find_images as find_files
-from acmix.data.files import suffixes
 from acmix.data.sources import as_rgb, why_unreadable
 from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
 from acmix.tasks.base import task_of
@@ -242,12 +242,11 @@ def find_images(given: Sequence[str]) -> list[Path]:
 def images_in(folder: Path) -> list[Path]:
     found = find_files(folder)
     if not found.images:
-        looked_for = " ".join(sorted(suffixes()))
-        left = found.passed_over() or "no file"
-        raise UserError(f"{folder}: expected images ({looked_for}), found none; {left}")
-    if said := found.passed_over():
-        print(f"{folder}: {said}", file=sys.stderr)
-    return found.images
+        why = found.remark() or f"looked for {' '.join(EXTENSIONS)}"
+        raise UserError(f"{folder}: expected images, found none ({why})")
+    if remark := found.remark():
+        print(f"{folder}: {remark}", file=sys.stderr)
+    return [Path(image) for image in found.images]
 
 
 def open_image(path: Path, classifier: Classifier) -> Image.Image:
@@ -265,7 +264,7 @@ def open_image(path: Path, classifier: Classifier) -> Image.Image:
         with Image.open(path) as image:
             colours = as_rgb(image, classifier.input_config.get("background", "white"))
     except Exception as error:  # of a broken file, Pillow raises anything
-        raise ValueError(f"cannot read {path}: {why_unreadable(error)}") from error
+        raise ValueError(f"cannot read {printable(str(path))}: {why_unreadable(error)}") from error
     return colours if channels == 3 else colours.convert("L")
 
 
