@@ -19,6 +19,7 @@ usage: acmix COMMAND [options]
 commands:
   info      versions, devices, and which backends run here (and why the others do not)
   fit       train a network: pictures, metrics and checkpoints go into a run folder
+  check     look at every image of the data first: counts, sizes, broken and equal files
   validate  measure a run on its held-out images
   test      measure a run on its test images
   predict   the likeliest classes of images, and what the network looked at
@@ -67,7 +68,7 @@ OF_IMAGES = (
     *("-h", "--help", "--top", "--format", "--flip", "--explain", "--pixel", "--layers"),
     *("--weights", "--classes", "--batch_size", "--device"),
 )
-TRAINING = ("fit", "validate", "test", "predict", "ablate")
+TRAINING = ("fit", "check", "validate", "test", "predict", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +116,11 @@ def _train(command: str, args: list[str], debug: bool) -> None:
     missing = [name for module, name in TRAIN_PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install 'acmix[train]'")
-    if command == "ablate":
+    if command == "check":
+        from acmix.tasks import check
+
+        check.run(args, debug)
+    elif command == "ablate":
         from acmix.tasks import ablate
 
         ablate.run(args, debug)

@@ -68,3 +68,8 @@ def few(names: Iterable[object], limit: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, names[:limit])) + more
+
+
+def printable(text: str) -> str:
+    """The text on one line: what no terminal shows, such as a line break, is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from acmix.analysis import figures
+from acmix.analysis import figures, fonts
 from acmix.analysis.explain import LayerView
 
 EPOCHS = [
@@ -154,3 +154,120 @@ def test_ablation(tmp_path, seeds):
     figure = figures.ablation(rows, "title")
     drawn(figure, tmp_path / "ablation.png")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["conv", "acmix"]
+
+
+NAMES = ["Ba$$in", "$50%$", "a_b^{c}", "two\nlines\tand a tab", "caf\u00e9"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_is_never_mathematics(tmp_path):
+    counts = np.eye(len(NAMES), dtype=int)
+    rows = [
+        {"class": name, "images": 3, "precision": 0.5, "recall": 1.0, "f1": 0.7} for name in NAMES
+    ]
+    image = np.zeros((4, 4, 3))
+    drawn = [
+        figures.confusion(counts, NAMES),
+        figures.classes(rows),
+        figures.images([image] * 5, NAMES, "$x"),
+        figures.predictions([image] * 5, NAMES, NAMES[::-1], [0.5] * 5, "$5 and $6"),
+        figures.ablation(
+            [
+                {
+                    "variant": name,
+                    "accuracy": 0.5,
+                    "train_images_per_second": 3.0,
+                    "infer_images_per_second": 4.0,
+                }
+                for name in NAMES
+            ],
+            "50 $",
+        ),
+    ]
+    for number, figure in enumerate(drawn):
+        figures.save(figure, tmp_path / f"{number}.png")
+    said = {text.get_text() for text in fonts.texts_of(drawn[2])}
+    assert {"Ba$$in", "$50%$", r"two\nlines\tand…"} <= said
+
+
+@pytest.fixture
+def no_letter_told(monkeypatch):
+    monkeypatch.setattr(fonts, "_said", set())
+    yield
+    fonts.families_for.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_of_no_font_are_told_once(tmp_path, capsys, monkeypatch, no_letter_told):
+    monkeypatch.setattr(fonts.font_manager.fontManager, "ttflist", [])
+    fonts.families_for.cache_clear()
+    for name in ("cat 猫", "dog 犬 猫"):
+        figures.save(figures.images([np.zeros((4, 4))], [name], "animals"), tmp_path / "a.png")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("no font of this system shows 猫: pictures have boxes")
+    assert second.startswith("no font of this system shows 犬: ")
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_are_drawn_in_a_font_that_has_them(tmp_path, capsys, no_letter_told):
+    """Letters that only a mathematical font of matplotlib has stand for another script."""
+    usual = fonts.letters_of(fonts.font_manager.findfont(fonts.USUAL))
+    entries = fonts.font_manager.fontManager.ttflist
+    letter = next(
+        min(more)
+        for entry in entries
+        if entry.style == "normal" and entry.weight == 400 and entry.name.startswith("STIX")
+        if (more := fonts.letters_of(entry.fname) - usual)
+    )
+    figure = figures.images([np.zeros((4, 4))], [f"a {letter}"], "letters")
+    figures.save(figure, tmp_path / "a.png")
+    assert capsys.readouterr().err == ""
+    families = figure.axes[0].title.get_fontfamily()
+    assert families[0] == fonts.USUAL
+    assert any(letter in fonts.letters_of(fonts.font_manager.findfont(of)) for of in families[1:])
+
+
+@pytest.mark.parametrize("limit", [4, 8, 40])
+def test_what_is_shown_is_spread_over_classes_the_surest_mistakes_first(limit):
+    truth = [0] * 30 + [1] * 30 + [2] * 4
+    predicted = [1] * 20 + [0] * 10 + [0] * 3 + [1] * 27 + [2] * 4
+    confidence = [(index * 37 % 64) / 64 for index in range(64)]
+    shown = figures.choose_shown(truth, predicted, confidence, limit)
+    assert len(shown) == len(set(shown)) == min(limit, 64)
+    wrong = [index for index in shown if truth[index] != predicted[index]]
+    right = shown[len(wrong) :]
+    assert all(truth[index] == predicted[index] for index in right)
+    assert len(right) >= limit // 4
+    assert {truth[index] for index in wrong[:2]} == {0, 1}
+    assert {truth[index] for index in right[:3]} == set(range(min(3, len(right))))
+    surest = max((i for i in range(20) if truth[i] == 0), key=lambda i: confidence[i])
+    assert wrong[0] == surest
+
+
+def test_few_mistakes_leave_room_for_right_ones():
+    assert figures.choose_shown([0, 1, 1], [1, 1, 1], [0.5, 0.6, 0.9], 2) == [0, 2]
+    assert figures.choose_shown([], [], [], 4) == []
+
+
+def test_rows_of_an_ablation_lie_within_the_frame():
+    rows = [
+        {
+            "variant": name,
+            "accuracy": accuracy,
+            "train_images_per_second": speed,
+            "infer_images_per_second": speed,
+        }
+        for name in ("conv", "acmix")
+        for accuracy, speed in ((0.5, 1.0), (0.9, 90.0))
+    ]
+    for axes in figures.ablation(rows, "two").axes:
+        bottom, top = axes.get_ylim()
+        assert (bottom, top) == (1.6, -0.6)
+        left, right = axes.get_xlim()
+        for line in axes.lines:
+            assert min(line.get_xdata()) >= left
+            assert max(line.get_xdata()) <= right
+        ends = [
+            end for bars in axes.collections for path in bars.get_paths() for end in path.vertices
+        ]
+        assert all(left <= x <= right for x, _ in ends)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from acmix.data.files import EXTENSIONS, find_images, natural_order, printable
+from acmix.data.files import EXTENSIONS, find_images, natural_order
+from acmix.errors import printable
 
 
 def write(folder, *names):

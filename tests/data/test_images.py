@@ -283,15 +283,6 @@ def test_mistakes_are_told_in_one_line(folder, monkeypatch, capsys, source, opti
     assert said in line
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_fit_names_a_broken_image(folder, capsys, workers):
-    (folder / "train" / "cat" / "3.png").write_bytes(b"no picture")
-    run = f"--run={folder.parent / 'run'}"
-    assert main([*FIT, f"--data.source={folder}", f"--data.num_workers={workers}", run]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert f"cannot read {folder}/train/cat/3.png: no image" in line
-
-
 def test_fit_validate_and_a_mismatch_of_classes(folder, capsys):
     run = folder.parent / "run"
     assert main([*FIT, f"--data.source={folder}", f"--run={run}"]) == 0

@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from acmix.analysis import fonts
+from acmix.errors import printable
+
 Row = Mapping[str, Any]
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
@@ -36,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "figure.titlesize": 13.0,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a name with dollar signs is a name
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.h_pad": 0.1,
 }
@@ -43,7 +47,7 @@ DPI = 150
 
 
 def save(figure: Figure, path: Path) -> Path:
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), fonts.for_letters_of(figure):
         figure.savefig(path, dpi=DPI)
     return path
 
@@ -426,16 +430,19 @@ def ablation(rows: Sequence[Row], title: str) -> Figure:
             axes.plot(values, [place] * len(values), "o", color=GREY, markersize=4, alpha=0.7)
         axes.set_title(name)
     grid[0].set_yticks(range(len(variants)), variants)
-    grid[0].invert_yaxis()
-    grid[0].margins(y=0.12)
+    grid[0].set_ylim(len(variants) - 0.4, -0.6)  # whole rows, the first on top
+    grid[0].margins(x=0.08)
     grid[0].xaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in grid[1:]:
-        axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(0, low), 1.06 * high)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
 def _short(name: str, limit: int = 12) -> str:
+    """The name on one line, cut where it is long."""
+    name = printable(name)
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,6 +31,7 @@ class ImageData(LightningDataModule):
     class_names: list[str]
     # Arguments of timm.data.create_transform, and `background`, the colour beneath transparency.
     input_config: dict[str, Any] | None = None
+    looks_early: bool = False  # whether `acmix fit` looks for broken files before it starts
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
     def __init__(self, batch_size: PositiveCount = 64, num_workers: Count = 0) -> None:
@@ -67,19 +66,9 @@ class ImageData(LightningDataModule):
         counts = Counter(classes)
         return [counts[index] for index in range(len(self.class_names))]
 
+    @abstractmethod
     def pictures(self) -> dict[str, Iterable[Picture]]:
-        """Every image by part (train, val, test), to look at before training."""
-        parts = {"train": self.train_set(), "val": self.val_set(), "test": self.test_set()}
-        return {part: self._pictures(part, data) for part, data in parts.items() if data}
-
-    def _pictures(self, part: str, data: Any) -> Iterator[Picture]:
-        for index in range(len(data)):
-            label = self.class_names[data[index][1]]
-            yield Picture(f"image {index} of {part}", label, partial(self._picture, data, index))
-
-    def _picture(self, data: Any, index: int) -> Image.Image:
-        pixels = self.to_pixels(data[index][0][None])[0].permute(1, 2, 0).mul(255).round()
-        return Image.fromarray(pixels.byte().numpy().squeeze())
+        """Every image, as it is stored, by part (train, val, test), to look at before training."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_set(), train=True)

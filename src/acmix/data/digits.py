@@ -5,14 +5,18 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from acmix.data.base import ImageData, Sample
+from acmix.data.survey import Picture
 from acmix.ranges import Count, PositiveCount, PositivePartBelowOne, check_ranges
 
 
@@ -55,6 +59,16 @@ class Digits(ImageData):
 
     def val_set(self) -> Dataset[Sample]:
         return DigitImages(*self._split()[1])
+
+    def pictures(self) -> dict[str, Iterable[Picture]]:
+        parts = zip(("train", "val"), self._split(), strict=True)
+        return {part: self._pictures(part, *images) for part, images in parts}
+
+    def _pictures(self, part: str, images: Tensor, classes: Tensor) -> Iterator[Picture]:
+        pixels = self.to_pixels(images).mul(255).round().byte().squeeze(1).numpy()
+        for index, label in enumerate(classes.tolist()):
+            name = f"image {index} of {part}"
+            yield Picture(name, self.class_names[label], partial(Image.fromarray, pixels[index]))
 
     def _split(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((training images, classes), (held-out images, classes)), images (B, 1, 8, 8)."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from acmix.errors import printable
+
 # Formats that Pillow names, but cannot draw by itself, or that hold no picture.
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 # What systems, editors and tools leave behind.
@@ -112,8 +114,3 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
     """Sort key: numbers by value, 2 before 10, and no two names equal."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if odd % 2 else part for odd, part in enumerate(parts)], name
-
-
-def printable(text: str) -> str:
-    """The text on one line: what no terminal shows, such as a line break, is spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,8 +17,8 @@ from acmix.data.files import (
     is_folder,
     is_hidden,
     natural_order,
-    printable,
 )
+from acmix.errors import printable
 
 PART = re.compile(
     r"(train(ing)?|val(id|idate|idation)?|test(ing)?|eval(uation)?|dev)"

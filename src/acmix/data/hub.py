@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from acmix.data.files import printable
-from acmix.errors import one_line
+from acmix.errors import one_line, printable
 
 
 class HubImages:

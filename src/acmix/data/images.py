@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from acmix.data.base import ImageData
-from acmix.data.files import printable
 from acmix.data.loading import Sample
 from acmix.data.shards import (
     Shards,
@@ -39,6 +38,7 @@ from acmix.data.sources import (
     why_unreadable,
 )
 from acmix.data.survey import Picture, in_threads
+from acmix.errors import printable
 from acmix.ranges import (
     Count,
     NonNegative,
@@ -156,6 +156,7 @@ class Images(ImageData):
 
         self.train_images = self._open("train")
         self.class_names = self.train_images.class_names
+        self.looks_early = not max_corrupt and not isinstance(self.train_images, Shards)
         if len(self.class_names) < 2:
             raise ValueError(
                 f"data.source: expected 2 classes or more in {printable(self.source)}, "

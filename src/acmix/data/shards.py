@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from acmix.data.files import EXTENSIONS, is_hidden, printable
+from acmix.data.files import EXTENSIONS, is_hidden
 from acmix.data.loading import Sample, even_batch_size, kept_random_state, seed_generators
 from acmix.data.sources import as_rgb, why_unreadable
 from acmix.data.survey import Picture
+from acmix.errors import printable
 
 INFO = "_info.json"
 NUMBERS = r"(\d+|([-_.](of[-_.])?\d+)+)?\.tar"  # what follows the split in a shard's name

@@ -15,10 +15,9 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 from torchvision import datasets
 
-from acmix.data.files import printable
 from acmix.data.folders import open_folder, part_names
 from acmix.data.hub import hub_splits, open_hub
-from acmix.errors import did_you_mean, one_line
+from acmix.errors import did_you_mean, one_line, printable
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # longer than the letter of a drive
 SPLITS = {

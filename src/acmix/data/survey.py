@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,22 +136,48 @@ def in_threads(
         threads.shutdown(cancel_futures=True)
 
 
-def _look(picture: Picture, shown: bool, background: str) -> Seen | Broken:
+def look(picture: Picture, background: str) -> Image.Image | Broken:
+    """The image in RGB, or why it cannot be read."""
     try:
-        image = picture.load()
-        pixels = as_rgb(image, background)
+        return as_rgb(picture.load(), background)
     except Exception as error:  # of a broken file, Pillow raises anything
         return Broken(picture.name, why_unreadable(error))
+
+
+def _look(picture: Picture, shown: bool, background: str) -> Seen | Broken:
+    modes: list[str] = []
+
+    def load() -> Image.Image:
+        image = picture.load()
+        modes.append(image.mode)
+        return image
+
+    pixels = look(picture._replace(load=load), background)
+    if isinstance(pixels, Broken):
+        return pixels
     content = hashlib.blake2b(repr(pixels.size).encode(), digest_size=16)
     content.update(pixels.tobytes())
     return Seen(
         picture.name,
         picture.class_name,
-        image.size,
-        image.mode,
+        pixels.size,
+        modes[0],
         content.hexdigest(),
         thumbnail(pixels) if shown else None,
     )
+
+
+def broken_within(
+    seconds: float, parts: Iterable[Iterable[Picture]], background: str
+) -> Iterator[Broken]:
+    """The images that cannot be read, of those that there is time to look at."""
+    end = time.monotonic() + seconds
+    for pictures in parts:
+        for result in in_threads(lambda picture: look(picture, background), pictures):
+            if isinstance(result, Broken):
+                yield result
+            if time.monotonic() > end:
+                return
 
 
 def thumbnail(pixels: Image.Image, side: int = 160) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -30,6 +30,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from acmix import data as data_kinds
+from acmix.data import ImageData
+from acmix.data.survey import broken_within
 from acmix.errors import UserError, did_you_mean, one_line, user_errors
 from acmix.ranges import check_ranges
 from acmix.tasks import loggers, report
@@ -39,6 +41,7 @@ from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
 from acmix.tasks.options import (
     check_config,
+    check_loggers,
     check_monitors,
     check_own,
     check_trainer,
@@ -58,8 +61,10 @@ from acmix.tasks.run_folder import (
 )
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
-RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
+RUN_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available|torch_xla")
+LOOKING = 5.0  # seconds in which `fit` looks for broken files before it starts
+NAMED = 20  # of them
 TERMINATED = 128 + signal.SIGTERM
 TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification,)}
 
@@ -68,6 +73,7 @@ SUMMARIES = {
     "validate": "measure loss and accuracy of a run on its held-out images",
     "test": "measure loss and accuracy of a run on its test images",
     "predict": "write the class and confidence of every test image as CSV",
+    "check": "look at every image that fit would take: counts, sizes, broken and equal files",
 }
 EXAMPLES = {
     "fit": """\
@@ -84,9 +90,12 @@ EXAMPLES = {
   acmix test runs/digits""",
     "predict": """\
   acmix predict runs/digits""",
+    "check": """\
+  acmix check --config recipes/digits.yaml
+  acmix check --data Images --data.source my_images --data.val_fraction 0.1""",
 }
 HINTS = {
-    "fit": "or take them from a recipe: --config recipes/digits.yaml",
+    **dict.fromkeys(("fit", "check"), "or take them from a recipe: --config recipes/digits.yaml"),
     **dict.fromkeys(("validate", "test", "predict"), "or name a run, such as runs/digits"),
 }
 
@@ -164,7 +173,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         self.task = TASKS[task_of_args(args)]
-        positional = "" if command == "fit" else " RUN_OR_CHECKPOINT"
+        positional = "" if command in ("fit", "check") else " RUN_OR_CHECKPOINT"
         super().__init__(
             self.task,
             self.task.data_class,
@@ -252,8 +261,9 @@ class TrainingCLI(LightningCLI):
         callbacks = chosen.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         check_monitors(callbacks, self.model.measures)
+        check_loggers(callbacks, chosen.logger or self.config["logger"] in loggers.PACKAGES)
         if self.command == "fit":
-            callbacks += self._fit_callbacks(chosen)
+            callbacks += self._fit_callbacks(chosen, callbacks)
             if logger := loggers.create_logger(self.config["logger"], self.run_folder):
                 kwargs["logger"] = logger
         else:
@@ -295,13 +305,14 @@ class TrainingCLI(LightningCLI):
             config["model"]["warm_start"] = str(Path(start).resolve())
         self.parser.save(config, path, overwrite=True)
 
-    def _fit_callbacks(self, chosen: Any) -> list[Callback]:
+    def _fit_callbacks(self, chosen: Any, given: list[Callback]) -> list[Callback]:
         self.folder, self.history = RunFolder(self), History(self.run_folder)
         self.held_out = self.model.create_held_out()
         callbacks: list[Callback] = [self.folder, self.history, self.held_out]
         tensorboard = self.config["logger"] == "tensorboard"
         callbacks.append(StepLog(self.run_folder, self.history, tensorboard))
-        if chosen.enable_progress_bar is not False:
+        own_bar = any(isinstance(of, ProgressBar) for of in given)
+        if chosen.enable_progress_bar is not False and not own_bar:
             callbacks.append(TrainingBar(self.history, self.task.monitor))
         self.patience = self.last = None
         if patience := self.config["patience"]:
@@ -364,8 +375,8 @@ def run_errors() -> Iterator[None]:
     try:
         with user_errors(*RUN_ERRORS):
             yield
-    except UserError as error:
-        raise UserError(name_trainer_option(str(error))) from error
+    except MisconfigurationException as error:
+        raise UserError(name_trainer_option(one_line(error))) from error
 
 
 @contextmanager
@@ -464,11 +475,29 @@ def train(cli: TrainingCLI) -> dict[str, Any] | None:
         cli.folder.goes_on = folder.resolve() in checkpoint.resolve().parents
     if cli.trainer.is_global_zero and not cli.folder.goes_on:
         check_folder(folder)
+    if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        with user_errors(ValueError):
+            check_images(cli.datamodule)
     try:
         _train(cli, checkpoint)
         return _report(cli) if cli.trainer.is_global_zero else None
     finally:
         cli.folder.lock.release()
+
+
+def check_images(data: ImageData) -> None:
+    """Broken files that can be found within seconds raise `UserError`, after all are named."""
+    if not data.looks_early:
+        return
+    background = (data.input_config or {}).get("background", "white")
+    broken = list(broken_within(LOOKING, data.pictures().values(), background))
+    for image in broken[:NAMED]:
+        print(f"cannot read {image.name}: {image.reason}", file=sys.stderr)
+    if broken:
+        raise UserError(
+            f"data.source: expected images that can be read, got {len(broken)} that cannot "
+            "(--data.max_corrupt leaves them out, acmix check names all)"
+        )
 
 
 def _train(cli: TrainingCLI, checkpoint: Path | None) -> None:

@@ -18,7 +18,10 @@ from acmix.ranges import Range
 
 NO_VALUE = re.compile(r"argument (?:-\w/)?-*(?P<name>[\w.]+): expected one argument")
 UNKNOWN = re.compile(r"[Uu]nrecognized arguments?: (?P<dashes>-*)(?P<name>\S+)")
-LINKED = re.compile(r'Linked "(?P<name>[\w.]+)" must be given via')
+LINKED = re.compile(
+    r'Linked "(?P<name>[\w.]+)" must be given via "(?P<source>\w+)|'
+    r"argument (?P<option>\w+) --> (?P<set>[\w.]+):"
+)
 KEY = re.compile(r'Parser key "(?P<key>[\w.]+)":\s*')
 CLASS = re.compile(r"Problem with given class_path '[\w.]*?(?P<name>\w+)':\s*")
 MISSING = re.compile(r"the following arguments are required: (?P<names>[^\n]+)")
@@ -71,10 +74,17 @@ ELSEWHERE = {  # what options are called in other tools
     "seed": "seed_everything",
     "workers": "data.num_workers",
 }
-REFUSED = {
+REFUSED = {  # callbacks of Lightning, and why or what instead
+    "BackboneFinetuning": "--model.freeze keeps modules as they are",
+    "BaseFinetuning": "--model.freeze keeps modules as they are",
     "BatchSizeFinder": "the order of a run's images follows from its batch size",
     "LearningRateFinder": "the rate is set anew at every step",
+    "ModelPruning": "its weights have other names, which no checkpoint of a run has",
+    "StochasticWeightAveraging": "--model.ema_decay averages weights",
+    "ThroughputMonitor": "images/s stand in metrics.csv",
+    "Timer": "--trainer.max_time limits the time",
 }
+NEED_A_LOGGER = ("DeviceStatsMonitor", "LearningRateMonitor")
 
 
 def explain_parser(message: str, options: list[str], kinds: Mapping[str, type]) -> str:
@@ -91,7 +101,8 @@ def explain_parser(message: str, options: list[str], kinds: Mapping[str, type]) 
     if lacking := NO_VALUE.search(message):
         return f"{lacking['name']}: expected a value, got none"
     if linked := LINKED.search(message):
-        return f"{linked['name']}: comes from the data, expected no value"
+        name, source = linked["name"] or linked["set"], linked["source"] or linked["option"]
+        return f"{name}: expected no value, as it comes from {source}"
     if missing := MISSING.match(message):
         return f"{missing['names']}: expected a value, got none"
     return _explain("", message, known, kinds)
@@ -260,10 +271,28 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     _check_amount("val_check_interval", options.get("val_check_interval"), least=1)
     if options.get("barebones"):
         raise UserError("trainer.barebones: expected false, as a run keeps checkpoints, got true")
+    if overfit := options.get("overfit_batches"):
+        raise UserError(
+            f"trainer.overfit_batches: expected 0, got {overfit}; data of few images does the same"
+        )
+    if "spawn" in str(options.get("strategy")):
+        raise UserError(f"trainer.strategy: expected others such as ddp, got {options['strategy']}")
+    if options.get("profiler") == "xla":
+        raise UserError("trainer.profiler: expected simple, advanced or pytorch, got xla")
     for callback in _as_list(options.get("callbacks")):
         name = str(callback.get("class_path", "")).split(".")[-1]
         if name in REFUSED:
             raise UserError(f"trainer.callbacks: expected others than {name}: {REFUSED[name]}")
+
+
+def check_loggers(chosen: Iterable[Any], logger: Any) -> None:
+    """Callbacks that write to a logger of Lightning, where there is none, raise `UserError`."""
+    for callback in chosen:
+        if type(callback).__name__ in NEED_A_LOGGER and not logger:
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} expects a logger, got none; "
+                "--trainer.logger CSVLogger is one"
+            )
 
 
 def _check_amount(name: str, value: Any, least: int) -> None:
@@ -279,11 +308,11 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def name_trainer_option(message: str) -> str:
-    """Lightning's complaint with the option of the trainer in front that it speaks of."""
+    """Lightning's complaint with the option in front that it speaks of, or the trainer itself."""
     quoted = " ".join(re.findall(r"`([^`]+)`", message.replace("Timer(duration", "max_time")))
     known = inspect.signature(Trainer.__init__).parameters
     named = [word for word in re.findall(r"\w+", quoted) if word in known]
-    return f"trainer.{named[0]}: {message}" if named else message
+    return f"trainer{'.' + named[0] if named else ''}: {message}"
 
 
 def check_monitors(chosen: Iterable[Any], measures: Iterable[str]) -> None:

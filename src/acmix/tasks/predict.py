@@ -25,10 +25,10 @@ from torchvision import transforms
 
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
-from acmix.data.files import EXTENSIONS, printable
+from acmix.data.files import EXTENSIONS
 from acmix.data.files import find_images as find_files
 from acmix.data.sources import as_rgb, why_unreadable
-from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
+from acmix.errors import Parser, UserError, did_you_mean, one_line, printable, user_errors
 from acmix.tasks.base import task_of
 from acmix.tasks.classification import Classification, flipped_logits
 from acmix.tasks.run_folder import nearest_run

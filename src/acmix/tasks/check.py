@@ -1,0 +1,185 @@
+"""`acmix check`: what a run would train on: counts, sizes, broken files, equal images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from acmix.analysis import figures
+from acmix.data import ImageData
+from acmix.data.survey import (
+    Seen,
+    Span,
+    Survey,
+    duplicates,
+    survey,
+)
+from acmix.errors import user_errors
+from acmix.tasks import command, report
+from acmix.tasks.callbacks import write_csv
+from acmix.tasks.console import console
+from acmix.tasks.options import read_config
+
+SHOWN = 40  # sample images
+NAMED = 20  # of what is wrong; all of it goes into files
+CLASSES = 50
+
+
+def run(args: list[str], debug: bool = False) -> None:
+    """Look at every image that `acmix fit` would take; exit code 1 where something is wrong."""
+    with command.quiet(debug):
+        cli = command.make("check", with_network(args))
+        folder = cli.run_folder.with_name(f"{cli.run_folder.name}-check")
+        with command.run_errors():
+            surveys = look_at_all(cli.datamodule)
+            problems = find_problems(cli.datamodule, surveys)
+            show(surveys, cli.datamodule.class_names)
+            files = write(folder, cli.datamodule, surveys)
+    print(f"{folder}/{', '.join(files)}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
+    print("Nothing is wrong.")
+
+
+def with_network(args: list[str]) -> list[str]:
+    """The options, with any network where they name none: the data need none."""
+    named = [arg.split("=")[0] for arg in args]
+    models = [read_config(path).get("model") for path in command.configs_of(args)]
+    if "--model.name" in named or any(isinstance(of, dict) and "name" in of for of in models):
+        return args
+    return [*args, "--model.name", "resnet11_tiny_conv"]
+
+
+def look_at_all(data: ImageData) -> dict[str, Survey]:
+    """A survey of each part, with thumbnails of some training images."""
+    background = (data.input_config or {}).get("background", "white")
+    shown = -(-SHOWN // len(data.class_names))
+    with user_errors(ValueError):
+        parts = data.pictures()
+        with counting() as count:
+            return {
+                part: survey(pictures, background, shown * (part == "train"), progress=count)
+                for part, pictures in parts.items()
+            }
+
+
+@contextmanager
+def counting() -> Iterator[Any]:
+    """A bar on a terminal; yields what is to be called after each image."""
+    stderr = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda: bar.advance(task)
+
+
+def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
+    """What would stop a run, or make its result worthless, a line each."""
+    problems = []
+    if "val" not in surveys:
+        try:
+            data.val_set()
+        except ValueError as error:
+            problems.append(str(error))
+    broken = [image for part in surveys.values() for image in part.broken]
+    problems += at_most([f"cannot read {image.name}: {image.reason}" for image in broken])
+    if empty := [name for name in data.class_names if not surveys["train"].counts[name]]:
+        problems += at_most([f"no training image of class {name}" for name in empty])
+    parts = list(surveys)
+    for group in equal_across(surveys):
+        names = ", ".join(f"{image.name} ({parts[place]})" for place, image in group)
+        problems.append(f"equal images in several parts: {names}")
+    for group in of_two_classes(surveys):
+        names = ", ".join(f"{image.name} ({image.class_name})" for _, image in group)
+        problems.append(f"equal images of several classes: {names}")
+    return at_most(problems, limit=3 * NAMED)
+
+
+def at_most(lines: list[str], limit: int = NAMED) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [*lines[:limit], *more]
+
+
+def equal_across(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
+    return [of for of in duplicates(*surveys.values()) if len({place for place, _ in of}) > 1]
+
+
+def of_two_classes(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
+    groups = duplicates(*surveys.values())
+    return [of for of in groups if len({image.class_name for _, image in of}) > 1]
+
+
+def show(surveys: dict[str, Survey], class_names: list[str]) -> None:
+    """Tables of the parts and, up to a number, of the classes."""
+    parts = Table("part", "images", "broken", "equal", "width", "height", "modes", box=None)
+    for name, part in surveys.items():
+        equal = sum(len(group) - 1 for group in duplicates(part))
+        modes = ", ".join(f"{mode} {count:,}" for mode, count in part.modes.items())
+        counts = (len(part.seen), len(part.broken), equal)
+        sides = (span(part.width), span(part.height))
+        parts.add_row(name, *(f"{count:,}" for count in counts), *sides, modes)
+    console().print(parts, highlight=False)
+    classes = Table(f"class ({len(class_names)})", *surveys, box=None)
+    for row in class_rows(surveys, class_names)[:CLASSES]:
+        classes.add_row(escape(row["class"]), *(f"{row[part]:,}" for part in surveys))
+    console().print(classes, highlight=False)
+    if len(class_names) > CLASSES:
+        print(f"... and {len(class_names) - CLASSES} more classes")
+
+
+def span(of: Span | None) -> str:
+    if of is None:
+        return "-"
+    return str(of.smallest) if of.smallest == of.largest else " to ".join(map(str, of))
+
+
+def class_rows(surveys: dict[str, Survey], class_names: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"class": name, **{part: of.counts[name] for part, of in surveys.items()}}
+        for name in class_names
+    ]
+
+
+def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str]:
+    """Tables of what was found, and a sheet of sample images; the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = [{"part": p, **image._asdict()} for p, of in surveys.items() for image in of.broken]
+    parts = list(surveys)
+    equal = [
+        {"group": number, "part": parts[place], "name": image.name, "class": image.class_name}
+        for number, group in enumerate(duplicates(*surveys.values()), 1)
+        for place, image in group
+    ]
+    tables = {
+        "classes.csv": class_rows(surveys, data.class_names),
+        "broken.csv": broken,
+        "equal.csv": equal,
+    }
+    for name, rows in tables.items():
+        (folder / name).unlink(missing_ok=True)  # of an earlier check
+        write_csv(folder / name, rows)
+    samples = [image for image in surveys["train"].seen if image.thumbnail is not None]
+    if samples:
+        samples.sort(key=lambda image: data.class_names.index(image.class_name))
+        report.draw(lambda: draw_samples(samples), folder / "samples.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def draw_samples(samples: list[Seen]) -> figures.Figure:
+    samples = samples[:SHOWN]
+    return figures.images(
+        [image.thumbnail for image in samples if image.thumbnail is not None],
+        [image.class_name for image in samples],
+        title="Training images as they are stored, by class",
+    )
