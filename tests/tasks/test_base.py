@@ -53,6 +53,12 @@ class Brightness(Task):
     def create_held_out(self):
         return Errors()
 
+    def predict_step(self, batch, batch_idx):
+        return self._errors(batch)
+
+    def rows(self, outputs, name):
+        return [{"image": name(n), "error": float(of)} for n, of in enumerate(torch.cat(outputs))]
+
     def draw_batch(self, data, batch):
         return figures.curves([])
 
@@ -98,6 +104,9 @@ def test_a_run_knows_its_task(brightness, tmp_path, capsys):
     assert checkpoint_of(run)["global_step"] == 22
     assert main(["validate", str(run)]) == 0
     assert "val_fit" in capsys.readouterr().out
+    assert main(["predict", str(run)]) == 0
+    assert "360 held-out images: " in capsys.readouterr().out
+    assert len(rows_of(run, "predictions.csv")) == 360
 
 
 def test_a_checkpoint_of_another_task_is_refused(brightness, tmp_path, capsys):

@@ -52,6 +52,7 @@ def stopped(made_once):
     ways = {
         "killed": (STATEFUL, 8, signal.SIGKILL),
         "terminated": (STATEFUL, 6, signal.SIGTERM),
+        "hung up": (STATEFUL, 7, signal.SIGHUP),
         "killed with workers": ({**STATEFUL, "data.num_workers": 2}, 18, signal.SIGKILL),
     }
 
@@ -74,6 +75,7 @@ def stopped(made_once):
         ("killed", 0, -signal.SIGKILL, 4),
         ("killed with workers", 2, -signal.SIGKILL, 16),
         ("terminated", 0, 128 + signal.SIGTERM, 6),
+        ("hung up", 0, 128 + signal.SIGTERM, 7),
     ],
 )
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from acmix.analysis import fonts
@@ -210,40 +211,72 @@ def predictions(
     predicted: Sequence[str],
     confidence: Sequence[float],
     title: str,
-    columns: int = 8,
 ) -> Figure:
     """A grid of images (H, W) or (H, W, 3) in [0, 1], the mistakes first and marked."""
     if not images:
         return _note("No held-out images were kept")
     order = sorted(range(len(images)), key=lambda index: truth[index] == predicted[index])
-    rows = -(-len(order) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.9 * rows + 0.6))
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, index in zip(grid, order, strict=False):
-        _tile(axes, images[index], truth[index], predicted[index], confidence[index])
+    tiles = [
+        _prediction(images[n], _short(truth[n]), _short(predicted[n]), confidence[n]) for n in order
+    ]
+    return _grid(tiles, title)
+
+
+class Tile(NamedTuple):
+    """A picture of a grid, the text above it, and its frame."""
+
+    picture: np.ndarray
+    text: str
+    colour: str = "black"
+    frame: float = 0.0  # width
+    weight: str = "normal"
+
+
+def _prediction(picture: np.ndarray, truth: str, predicted: str, confidence: float) -> Tile:
+    text = f"{predicted} {confidence:.0%}"
+    if truth == predicted:
+        return Tile(picture, text, GREEN, 1.0)
+    return Tile(picture, f"✗ {text}\nis {truth}", RED, 4.0, "bold")
+
+
+@matplotlib.rc_context(STYLE)
+def images(pictures: Sequence[np.ndarray], names: Sequence[str], title: str) -> Figure:
+    """A grid of images (H, W) or (H, W, 3) in [0, 1], each below its name."""
+    tiles = [Tile(picture, _short(name, 16)) for picture, name in zip(pictures, names, strict=True)]
+    return _grid(tiles, title)
+
+
+def _grid(tiles: Sequence[Tile], title: str, columns: int = 8) -> Figure:
+    """All in one pair of axes, in inches: a pair for each would take seconds to lay out."""
+    line, side, cell = 0.16, 1.4, 1.5
+    above = line * max(tile.text.count("\n") + 1 for tile in tiles) + 0.12
+    rows, head = -(-len(tiles) // columns), 0.25 * (title.count("\n") + 1) + 0.15
+    height = rows * (cell + above) + head
+    figure = Figure(figsize=(cell * columns, height))
+    figure.set_layout_engine("none")
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontweight="bold")
+    axes = figure.add_axes((0, 0, 1, 1 - head / height))
+    axes.set_axis_off()
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        x, y = (column + 0.5) * cell, row * (cell + above) + above
+        _draw_tile(axes, tile, x, y, side)
+    axes.set(xlim=(0, cell * columns), ylim=(rows * (cell + above), 0), aspect="auto")
     return figure
 
 
-def _tile(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float) -> None:
-    right = truth == predicted
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_axis_on()
-    axes.grid(False)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(visible=True, color=GREEN if right else RED, linewidth=1 if right else 4)
-    text = f"{_short(predicted)} {confidence:.0%}"
-    if not right:
-        text = f"✗ {text}\nis {_short(truth)}"
-    axes.set_title(
-        text,
-        loc="center",
-        fontsize=9,
-        color="black" if right else RED,
-        fontweight="normal" if right else "bold",
-    )
+def _draw_tile(axes: Axes, tile: Tile, x: float, y: float, side: float) -> None:
+    """A tile whose picture is centred below (x, y), within a square."""
+    height, width = (side * part / max(tile.picture.shape[:2]) for part in tile.picture.shape[:2])
+    left, top = x - width / 2, y + (side - height) / 2
+    extent = (left, left + width, top + height, top)
+    axes.imshow(tile.picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    if tile.frame:
+        box: Any = {"fill": False, "edgecolor": tile.colour, "linewidth": tile.frame}
+        axes.add_patch(Rectangle((left, top), width, height, **box))
+    colour = "black" if tile.weight == "normal" else tile.colour
+    place: Any = {"ha": "center", "va": "bottom"}
+    axes.text(x, top - 0.05, tile.text, color=colour, fontsize=9, fontweight=tile.weight, **place)
 
 
 @matplotlib.rc_context(STYLE)
@@ -296,23 +329,6 @@ def classes(rows: Sequence[Row]) -> Figure:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     scores = [row["f1"] for row in rows if row["f1"] is not None]
     axes.set_title(f"Held-out images by class (how many); mean F1 {np.mean(scores or [0.0]):.3f}")
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def images(
-    pictures: Sequence[np.ndarray], names: Sequence[str], title: str, columns: int = 8
-) -> Figure:
-    """A grid of images (H, W) or (H, W, 3) in [0, 1], each below its name."""
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.6))
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, picture, name in zip(grid, pictures, names, strict=False):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(_short(name, 16), loc="center", fontsize=9, fontweight="normal")
     return figure
 
 

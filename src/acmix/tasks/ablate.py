@@ -27,7 +27,6 @@ from acmix.models import list_models
 from acmix.tasks import command
 from acmix.tasks.base import nested
 from acmix.tasks.callbacks import Row, write_csv
-from acmix.tasks.classification import Classification
 from acmix.tasks.console import console
 
 # Arguments of the operator by variant; None stands for the network of convolutions.
@@ -86,7 +85,7 @@ def run(args: list[str], debug: bool = False) -> None:
             known = " (finished)" if (folder / "summary.json").is_file() else ""
             print(f"run {number} of {len(runs)}: {variant}, seed {seed}{known}", file=sys.stderr)
             summary = train(folder, [*fit_args, *variants[variant], "--seed_everything", str(seed)])
-            rows.append(row_of(variant, seed, summary))
+            rows.append(row_of(variant, seed, summary, base.task.monitor))
         speeds = inference_speeds(base, variants)
     for row in rows:
         row["infer_images_per_second"] = speeds[row["variant"]]
@@ -201,11 +200,11 @@ def train(folder: Path, args: list[str]) -> dict[str, Any]:
     return summary
 
 
-def row_of(variant: str, seed: int, summary: dict[str, Any]) -> Row:
+def row_of(variant: str, seed: int, summary: dict[str, Any], monitor: str) -> Row:
     return {
         "variant": variant,
         "seed": seed,
-        "accuracy": summary["val_accuracy"],
+        "accuracy": summary[monitor],
         "train_images_per_second": summary["images_per_second"],
         "infer_images_per_second": None,
         "parameters": summary["parameters"],
@@ -221,7 +220,7 @@ def inference_speeds(base: command.TrainingCLI, variants: dict[str, list[str]]) 
     models = {}
     for variant, (_, name, _, model_kwargs) in variants.items():
         hparams = {**base.model.hparams, "name": name, "model_kwargs": json.loads(model_kwargs)}
-        models[variant] = Classification(**hparams).to(device).eval()
+        models[variant] = base.task(**hparams).to(device).eval()
         models[variant](images)
     best = dict.fromkeys(variants, 0.0)
     for _ in range(TURNS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from acmix.ranges import (
 )
 from acmix.surgery.warm_start import warm_start
 from acmix.tasks import sharding
-from acmix.tasks.held_out import HeldOut
+from acmix.tasks.held_out import HeldOut, Row
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 WITHOUT_END = ("constant", "none", "rsqrt", "step", "multistep")
@@ -156,6 +156,10 @@ class Task(LightningModule):
     @abstractmethod
     def create_held_out(self) -> HeldOut:
         """What keeps, and later draws, the predictions of the latest validation."""
+
+    @abstractmethod
+    def rows(self, outputs: list[Any], name: Callable[[int], str]) -> list[Row]:
+        """A row an image of what predictions returned; name: of an image by its place."""
 
     @abstractmethod
     def draw_batch(self, data: ImageData, batch: Any) -> Figure:

@@ -132,6 +132,20 @@ class Classification(Task):
         images, classes = batch
         return self.logits(images).softmax(dim=1), classes
 
+    def rows(self, outputs: list[Any], name: Callable[[int], str]) -> list[Row]:
+        found, true = (torch.cat(part) for part in zip(*outputs, strict=True))
+        confidence, predicted = found.max(dim=1)
+        names, rows = self.class_names, zip(predicted, true, confidence, strict=True)
+        return [
+            {
+                "image": name(index),
+                "class": names[int(label)],
+                "truth": names[int(is_)],
+                "confidence": float(sure),
+            }
+            for index, (label, is_, sure) in enumerate(rows)
+        ]
+
     def logits(self, images: Tensor) -> Tensor:
         """Logits (B, classes) to measure by, in float32."""
         return flipped_logits(self, images) if self.hparams["flip_test"] else self(images).float()

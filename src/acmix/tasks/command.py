@@ -15,7 +15,7 @@ from argparse import ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jsonargparse import DefaultHelpFormatter
@@ -636,25 +636,18 @@ def evaluate(cli: TrainingCLI) -> None:
 
 
 def predict(cli: TrainingCLI) -> None:
-    """Class and confidence of every test image, in `predictions.csv` of the run folder."""
+    """What the task says of every test image, in `predictions.csv` of the run folder."""
     if cli.trainer.world_size > 1:
         raise UserError(f"trainer.devices: expected 1, got {cli.trainer.world_size} processes")
-    batches = cli.trainer.predict(
+    outputs = cli.trainer.predict(
         cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli), weights_only=True
     )
-    found, true = (torch.cat(part) for part in zip(*cast("Any", batches), strict=True))
-    confidence, predicted = found.max(dim=1)
-    names = cli.model.class_names
     loader: Any = cli.trainer.predict_dataloaders
-    image_name = getattr(loader.dataset, "name", str)
-    columns = (predicted.tolist(), true.tolist(), confidence.tolist())
-    rows = [
-        {"image": image_name(index), "class": names[label], "truth": names[is_], "confidence": sure}
-        for index, (label, is_, sure) in enumerate(zip(*columns, strict=True))
-    ]
+    rows = cli.model.rows(outputs or [], getattr(loader.dataset, "name", str))
     path = cli.run_folder / "predictions.csv"
     write_csv(path, rows)
-    print(f"{len(rows)} images: {path}")
+    of = "test" if cli.datamodule.test_set() else "held-out"
+    print(f"{len(rows)} {of} images: {path}")
 
 
 def _checkpoint(cli: TrainingCLI) -> str:
