@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from tasks.runs import fit, rows_of
 
 from acmix.analysis import figures
 from acmix.cli import main
 from acmix.tasks import loggers
 from acmix.tasks.classification import Classification, Classified, per_class
+from acmix.tasks.options import whole_numbers_first
 
 SHORT = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 2, "data.batch_size": 128}
 
@@ -40,6 +42,18 @@ def test_callbacks_loggers_and_bars_of_lightning(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     for name in ("loss", "lr", "val_accuracy", "train_loss"):
         assert any(row[name] for row in rows), name
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", 1), ("1.0", 1.0), ("4", 4), ("0.5", 0.5), ("0", 0)]
+)
+def test_a_number_of_batches_is_no_part(text, value):
+    """Whatever order of int and float the process has seen before."""
+    parser = ArgumentParser()
+    parser.add_argument("--batches", type=float | int | None)
+    whole_numbers_first(parser)
+    found = parser.parse_args([f"--batches={text}"]).batches
+    assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ STATEFUL = {
     "model.mixup": 0.2,
     "model.cutmix": 1.0,
     "model.ema_decay": 0.9,
-    "trainer.limit_val_batches": 0.5,  # 1 may be read as 1.0, all of them
+    "trainer.limit_val_batches": 1,
 }
 
 

@@ -49,6 +49,7 @@ from acmix.tasks.options import (
     name_trainer_option,
     own_words,
     read_config,
+    whole_numbers_first,
 )
 from acmix.tasks.progress import TrainingBar
 from acmix.tasks.run_folder import (
@@ -61,7 +62,7 @@ from acmix.tasks.run_folder import (
 )
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
-RUN_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+RUN_ERRORS = (ValueError, OSError, MisconfigurationException, torch.OutOfMemoryError)
 NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available|torch_xla")
 LOOKING = 5.0  # seconds in which `fit` looks for broken files before it starts
 NAMED = 20  # of them
@@ -230,6 +231,7 @@ class TrainingCLI(LightningCLI):
             default="tensorboard",
             help="where losses and measures go beside metrics.csv",
         )
+        whole_numbers_first(parser)
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
@@ -286,7 +288,7 @@ class TrainingCLI(LightningCLI):
                 raise UserError(
                     f"trainer.accelerator: expected a device that is there, got {kind}"
                 ) from error
-            raise UserError(name_trainer_option(one_line(error))) from error
+            raise UserError(name_trainer_option(one_line(error), "trainer: ")) from error
         check_processes(trainer)
         return trainer
 
@@ -373,9 +375,10 @@ def run(command: str, args: list[str], debug: bool = False) -> None:
 def run_errors() -> Iterator[None]:
     """Turn what goes wrong in a run for a reason of the user's into a `UserError`."""
     try:
-        with user_errors(*RUN_ERRORS):
-            yield
-    except MisconfigurationException as error:
+        yield
+    except BrokenPipeError:  # of stdout: its reader has seen enough
+        raise
+    except RUN_ERRORS as error:
         raise UserError(name_trainer_option(one_line(error))) from error
 
 

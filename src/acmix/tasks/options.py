@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import operator
 import re
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from lightning.pytorch import Trainer, callbacks, loggers
@@ -307,12 +309,24 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def name_trainer_option(message: str) -> str:
-    """Lightning's complaint with the option in front that it speaks of, or the trainer itself."""
+def name_trainer_option(message: str, otherwise: str = "") -> str:
+    """Lightning's complaint with the option of the trainer in front that it speaks of."""
     quoted = " ".join(re.findall(r"`([^`]+)`", message.replace("Timer(duration", "max_time")))
     known = inspect.signature(Trainer.__init__).parameters
-    named = [word for word in re.findall(r"\w+", quoted) if word in known]
-    return f"trainer{'.' + named[0] if named else ''}: {message}"
+    named = [f"trainer.{word}: " for word in re.findall(r"\w+", quoted) if word in known]
+    return f"{named[0] if named else otherwise}{message}"
+
+
+def whole_numbers_first(parser: Any) -> None:
+    """Read 1 as the number of batches where a part, 1.0, may be meant too.
+
+    typing takes Union[int, float] and Union[float, int] for one, and gives whichever came first.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            others = [kind for kind in kinds if kind not in (int, float)]
+            action._typehint = reduce(operator.or_, others, int | float)
 
 
 def check_monitors(chosen: Iterable[Any], measures: Iterable[str]) -> None:
