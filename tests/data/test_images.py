@@ -335,10 +335,12 @@ def test_an_option_of_another_kind_of_source_is_refused(folder, option, of):
 
 
 def test_every_image_can_be_looked_at_by_part(folder):
-    parts = {part: list(of) for part, of in Images(str(folder), **PLAIN).pictures().items()}
+    data = Images(str(folder), **PLAIN)
+    parts = {part: list(data.pictures(part)) for part in ("train", "val")}
     assert {part: len(of) for part, of in parts.items()} == {"train": 12, "val": 3}
+    assert data.pictures("test") is None
     assert [of.class_name for of in parts["val"]] == ["cat", "cat", "owl"]
-    divided = Images(str(folder / "train"), val_fraction=0.5, **PLAIN).pictures()
-    names = [{of.name for of in part} for part in divided.values()]
+    divided = Images(str(folder / "train"), val_fraction=0.5, **PLAIN)
+    names = [{of.name for of in divided.pictures(part)} for part in ("train", "val")]
     assert [len(of) for of in names] == [6, 6]
     assert not names[0] & names[1]

@@ -60,8 +60,8 @@ def test_equal_pictures_are_found_within_and_across_parts(parts):
 def test_images_of_shards_are_looked_at(tmp_path):
     write_shards(tmp_path / "wds", "train", [3, 2])
     write_shards(tmp_path / "wds", "val", [1], first=4)
-    parts = Images(f"wds/{tmp_path / 'wds'}", img_size=8).pictures()
-    surveys = [survey(part) for part in parts.values()]
+    data = Images(f"wds/{tmp_path / 'wds'}", img_size=8)
+    surveys = [survey(data.pictures(part)) for part in ("train", "val")]
     assert [dict(of.counts) for of in surveys] == [{"0": 2, "1": 2, "2": 1}, {"1": 1}]
     [[(_, one), (_, two)]] = duplicates(*surveys)
     assert one.name.endswith("train-001.tar/00004")
@@ -69,7 +69,7 @@ def test_images_of_shards_are_looked_at(tmp_path):
 
 
 def test_digits_are_looked_at():
-    found = survey(Digits().pictures()["val"])
+    found = survey(Digits().pictures("val"))
     assert len(found.seen) == 360
     assert (found.width, found.modes) == (Span(8, 8, 8), {"L": 360})
 

@@ -9,7 +9,7 @@ from tasks.runs import checkpoint_of, rows_of
 from acmix.analysis import figures
 from acmix.cli import main
 from acmix.data import Digits
-from acmix.tasks import command
+from acmix.tasks import training_cli
 from acmix.tasks.base import Task, create_network
 from acmix.tasks.held_out import HeldOut
 
@@ -78,7 +78,7 @@ class Brightness(Task):
 @pytest.fixture
 def brightness(monkeypatch, tmp_path):
     """Runs `acmix fit` with the task in a recipe, or by options; returns its exit code."""
-    monkeypatch.setitem(command.TASKS, "brightness", Brightness)
+    monkeypatch.setitem(training_cli.TASKS, "brightness", Brightness)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "task: brightness\nthreads: 1\ndata: {class_path: Digits, init_args: {batch_size: 128}}\n"

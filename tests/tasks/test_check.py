@@ -92,6 +92,17 @@ def test_a_part_that_is_missing_and_a_class_without_an_image_that_can_be_read(pe
     assert last == "no training image of class dog"
 
 
+def test_a_test_part_without_classes_is_told_and_does_not_stop_training(pets, capsys):
+    (pets / "test").mkdir()
+    shutil.copy(pets / "val" / "cat" / "0.png", pets / "test" / "1.png")
+    assert check() == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"data.source: expected {pets}/test/CLASS/IMAGE, got {pets}/test/1.png"
+    args = ["fit", "--data=Images", f"--data.source={pets}", "--model.name=resnet11_tiny_conv"]
+    assert main([*args, "--data.img_size=8", "--trainer.fast_dev_run=true"]) == 0
+    assert main([*args, "--data.img_size=8", "--trainer.max_epochs=0"]) == 0
+
+
 def test_long_lists_are_cut(pets, capsys):
     for number in range(30):
         (pets / "train" / "cat" / f"bad{number}.png").write_bytes(b"")

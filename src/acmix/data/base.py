@@ -67,8 +67,14 @@ class ImageData(LightningDataModule):
         return [counts[index] for index in range(len(self.class_names))]
 
     @abstractmethod
-    def pictures(self) -> dict[str, Iterable[Picture]]:
-        """Every image, as it is stored, by part (train, val, test), to look at before training."""
+    def pictures(self, part: str) -> Iterable[Picture] | None:
+        """Every image of a part (train, val, test) as it is stored, to look at before training.
+
+        None where there are no test images.
+
+        Raises:
+            ValueError: If the part cannot be had, as in training.
+        """
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_set(), train=True)

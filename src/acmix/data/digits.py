@@ -60,9 +60,9 @@ class Digits(ImageData):
     def val_set(self) -> Dataset[Sample]:
         return DigitImages(*self._split()[1])
 
-    def pictures(self) -> dict[str, Iterable[Picture]]:
-        parts = zip(("train", "val"), self._split(), strict=True)
-        return {part: self._pictures(part, *images) for part, images in parts}
+    def pictures(self, part: str) -> Iterable[Picture] | None:
+        parts = dict(zip(("train", "val"), self._split(), strict=True))
+        return self._pictures(part, *parts[part]) if part in parts else None
 
     def _pictures(self, part: str, images: Tensor, classes: Tensor) -> Iterator[Picture]:
         pixels = self.to_pixels(images).mul(255).round().byte().squeeze(1).numpy()

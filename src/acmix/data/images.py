@@ -181,18 +181,15 @@ class Images(ImageData):
     def test_set(self) -> Dataset[Sample] | None:
         return self._whole("test") if self._find("test") else None
 
-    def pictures(self) -> dict[str, Iterable[Picture]]:
-        parts: dict[str, Iterable[Picture]] = {}
-        train, val = self._divided(self.train_images)
-        parts["train"] = pictures_of(self.train_images, train)
-        if self.val_fraction:
-            parts["val"] = pictures_of(self.train_images, val)
-        for part in ("val", "test"):
-            images = None if part in parts else self._find(part)
-            if images is not None:
-                check_classes(images, self.class_names, part)
-                parts[part] = pictures_of(images, range(count_of(images)))
-        return parts
+    def pictures(self, part: str) -> Iterable[Picture] | None:
+        if part == "train" or (part == "val" and self.val_fraction):
+            divided = dict(zip(("train", "val"), self._divided(self.train_images), strict=True))
+            return pictures_of(self.train_images, divided[part])
+        images = self._find("test") if part == "test" else self._open(part)
+        if images is None:
+            return None
+        check_classes(images, self.class_names, part)
+        return pictures_of(images, range(count_of(images)))
 
     def _whole(self, part: str) -> Dataset[Sample]:
         images = self._open(part)

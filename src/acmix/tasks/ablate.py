@@ -28,6 +28,7 @@ from acmix.tasks import command
 from acmix.tasks.base import nested
 from acmix.tasks.callbacks import Row, write_csv
 from acmix.tasks.console import console
+from acmix.tasks.training_cli import TrainingCLI, make
 
 # Arguments of the operator by variant; None stands for the network of convolutions.
 PATHS: dict[str, dict[str, str] | None] = {
@@ -72,7 +73,7 @@ def run(args: list[str], debug: bool = False) -> None:
     options, fit_args = _parse(args)
     out = Path(options.out or f"runs/ablate-{options.study}")
     with command.quiet(debug):
-        base = command.make("fit", [*fit_args, "--run", str(out)])
+        base = make("fit", [*fit_args, "--run", str(out)])
         check_comparable(base)
         variants = choose_variants(base, options)
         with user_errors(OSError):
@@ -121,7 +122,7 @@ def _parse(args: list[str]) -> tuple[Namespace, list[str]]:
     return options, fit_args
 
 
-def check_comparable(base: command.TrainingCLI) -> None:
+def check_comparable(base: TrainingCLI) -> None:
     """Before any file is written: runs that would measure nothing raise `UserError`."""
     trainer = base.trainer
     if trainer.world_size > 1:
@@ -134,7 +135,7 @@ def check_comparable(base: command.TrainingCLI) -> None:
         base.datamodule.val_dataloader()
 
 
-def choose_variants(base: command.TrainingCLI, options: Namespace) -> dict[str, list[str]]:
+def choose_variants(base: TrainingCLI, options: Namespace) -> dict[str, list[str]]:
     """Options of `acmix fit` by variant."""
     config = json.loads(base.parser.dump(base.config, format="json"))["model"]
     name, kwargs = config["name"], nested(config.get("model_kwargs") or {})
@@ -189,7 +190,7 @@ def train(folder: Path, args: list[str]) -> dict[str, Any]:
     if done.is_file():
         return json.loads(done.read_text())
     resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
-    cli = command.make("fit", [*args, "--run", str(folder), *resume])
+    cli = make("fit", [*args, "--run", str(folder), *resume])
     try:
         with command.run_errors():
             summary = command.train(cli)
@@ -213,7 +214,7 @@ def row_of(variant: str, seed: int, summary: dict[str, Any], monitor: str) -> Ro
 
 
 @torch.inference_mode()
-def inference_speeds(base: command.TrainingCLI, variants: dict[str, list[str]]) -> dict[str, float]:
+def inference_speeds(base: TrainingCLI, variants: dict[str, list[str]]) -> dict[str, float]:
     """Images/s of a batch of held-out images by variant, by turns: the best of TURNS."""
     device = base.trainer.strategy.root_device
     images: Tensor = next(iter(base.datamodule.val_dataloader()))[0].to(device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from acmix.analysis.paths import path_weights
@@ -164,6 +164,51 @@ class LastCheckpoint(Checkpoint):
         finite = all(bool(here(weight).isfinite().all()) for weight in pl_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise ValueError(f"the weights of step {self._step} are not finite; {self.last_good}")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """By a name of its own, so that a run may have others of the class that watch the same."""
+
+
+class Patience(EarlyStopping):
+    """Stops where the task's measure was not better for so many epochs.
+
+    A run that stopped so is finished, unless it goes on with more patience.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.used_up
+
+    @property
+    def used_up(self) -> bool:
+        return self.wait_count >= self.patience
+
+
+class Speed(Callback):
+    """Images/s of an evaluation, loading included; the first batch, which warms up, is left out."""
+
+    def __init__(self) -> None:
+        self.images, self.started, self.ended = 0, 0.0, 0.0
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.images / (self.ended - self.started) if self.images else None
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, args[2])
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, args[2])
+
+    def _count(self, trainer: Trainer, batch: Any) -> None:
+        self.ended = time.perf_counter()
+        if self.started:
+            self.images += len(batch[0]) * trainer.world_size
+        else:
+            self.started = self.ended
 
 
 class StepLog(Callback):

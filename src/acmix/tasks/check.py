@@ -22,11 +22,12 @@ from acmix.data.survey import (
     duplicates,
     survey,
 )
-from acmix.errors import user_errors
 from acmix.tasks import command, report
+from acmix.tasks.arguments import configs_of
 from acmix.tasks.callbacks import write_csv
 from acmix.tasks.console import console
 from acmix.tasks.options import read_config
+from acmix.tasks.training_cli import make
 
 SHOWN = 40  # sample images
 NAMED = 20  # of what is wrong; all of it goes into files
@@ -36,11 +37,11 @@ CLASSES = 50
 def run(args: list[str], debug: bool = False) -> None:
     """Look at every image that `acmix fit` would take; exit code 1 where something is wrong."""
     with command.quiet(debug):
-        cli = command.make("check", with_network(args))
+        cli = make("check", with_network(args))
         folder = cli.run_folder.with_name(f"{cli.run_folder.name}-check")
         with command.run_errors():
-            surveys = look_at_all(cli.datamodule)
-            problems = find_problems(cli.datamodule, surveys)
+            surveys, problems = look_at_all(cli.datamodule)
+            problems += find_problems(cli.datamodule, surveys)
             show(surveys, cli.datamodule.class_names)
             files = write(folder, cli.datamodule, surveys)
     print(f"{folder}/{', '.join(files)}")
@@ -54,23 +55,26 @@ def run(args: list[str], debug: bool = False) -> None:
 def with_network(args: list[str]) -> list[str]:
     """The options, with any network where they name none: the data need none."""
     named = [arg.split("=")[0] for arg in args]
-    models = [read_config(path).get("model") for path in command.configs_of(args)]
+    models = [read_config(path).get("model") for path in configs_of(args)]
     if "--model.name" in named or any(isinstance(of, dict) and "name" in of for of in models):
         return args
     return [*args, "--model.name", "resnet11_tiny_conv"]
 
 
-def look_at_all(data: ImageData) -> dict[str, Survey]:
-    """A survey of each part, with thumbnails of some training images."""
+def look_at_all(data: ImageData) -> tuple[dict[str, Survey], list[str]]:
+    """A survey of each part, with thumbnails of some training images, and why others have none."""
     background = (data.input_config or {}).get("background", "white")
     shown = -(-SHOWN // len(data.class_names))
-    with user_errors(ValueError):
-        parts = data.pictures()
-        with counting() as count:
-            return {
-                part: survey(pictures, background, shown * (part == "train"), progress=count)
-                for part, pictures in parts.items()
-            }
+    surveys, problems = {}, []
+    with counting() as count:
+        for part in ("train", "val", "test"):
+            try:
+                if pictures := data.pictures(part):
+                    of_class = shown if part == "train" else 0
+                    surveys[part] = survey(pictures, background, of_class, progress=count)
+            except ValueError as error:
+                problems.append(str(error))
+    return surveys, problems
 
 
 @contextmanager
@@ -85,15 +89,11 @@ def counting() -> Iterator[Any]:
 
 def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
     """What would stop a run, or make its result worthless, a line each."""
-    problems = []
-    if "val" not in surveys:
-        try:
-            data.val_set()
-        except ValueError as error:
-            problems.append(str(error))
+    problems: list[str] = []
     broken = [image for part in surveys.values() for image in part.broken]
     problems += at_most([f"cannot read {image.name}: {image.reason}" for image in broken])
-    if empty := [name for name in data.class_names if not surveys["train"].counts[name]]:
+    seen = surveys.get("train", Survey()).counts
+    if empty := [name for name in data.class_names if not seen[name]]:
         problems += at_most([f"no training image of class {name}" for name in empty])
     parts = list(surveys)
     for group in equal_across(surveys):
@@ -169,7 +169,9 @@ def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str
     for name, rows in tables.items():
         (folder / name).unlink(missing_ok=True)  # of an earlier check
         write_csv(folder / name, rows)
-    samples = [image for image in surveys["train"].seen if image.thumbnail is not None]
+    samples = [
+        image for part in surveys.values() for image in part.seen if image.thumbnail is not None
+    ]
     if samples:
         samples.sort(key=lambda image: data.class_names.index(image.class_name))
         report.draw(lambda: draw_samples(samples), folder / "samples.png")
