@@ -110,8 +110,7 @@ def test_class_names_are_kept_with_the_checkpoint(run):
 
 def test_a_checkpoint_measures_as_it_did_in_training(run, capsys):
     assert main(["validate", str(run)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    printed = dict(line.split() for line in lines if line.startswith(("val_", "images/s")))
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     last = rows_of(run / "metrics.csv")[-1]
     for name in ("val_accuracy", "val_top5_accuracy"):
         assert printed[name] == f"{float(last[name]):.2%}"
@@ -216,6 +215,18 @@ def test_an_early_checkpoint_with_scalars_goes_on_to_the_same_bits(run, tmp_path
         assert main(args) == 0
     one, two = map(weights_of, runs)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_fewer_epochs_than_were_trained_are_refused(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "epoch": 2}, path)  # as within the third
+    args = [*config_of(folder), "--ckpt_path", "last", "--trainer.max_epochs", "1"]
+    assert main(args) == 2
+    said = f"trainer.max_epochs: expected 2 or more, as in {path}, got 1"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def train(cli: TrainingCLI) -> dict[str, Any] | None:
     checkpoint = _checkpoint_to_go_on_from(cli)
     if checkpoint is not None:
         check_checkpoint(checkpoint, cli.model)
+        check_epochs(checkpoint, cli.trainer.max_epochs)
         cli.model.goes_on = True
         cli.folder.goes_on = folder.resolve() in checkpoint.resolve().parents
     if cli.trainer.is_global_zero and not cli.folder.goes_on:
@@ -174,6 +175,13 @@ def check_checkpoint(path: Path, model: Task) -> None:
             raise ValueError(f"{path}: {one_line(error)}") from error
         if was != (opt := model.hparams["opt"]):
             raise ValueError(f"{path}: the checkpoint was trained with model.opt {was}, not {opt}")
+
+
+def check_epochs(path: Path, wanted: int | None) -> None:
+    """Fewer epochs than the checkpoint has trained raise `UserError`."""
+    done = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    if wanted is not None and 0 <= wanted < done:
+        raise UserError(f"trainer.max_epochs: expected {done} or more, as in {path}, got {wanted}")
 
 
 def _why_nothing_was_trained(cli: TrainingCLI) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,8 @@ class TrainingCLI(LightningCLI):
             if logger := loggers.create_logger(self.config["logger"], self.run_folder):
                 kwargs["logger"] = logger
         else:
+            if chosen.enable_progress_bar is None and not sys.stderr.isatty():
+                kwargs["enable_progress_bar"] = False  # which would stand among the results
             self.speed = Speed()
             callbacks.append(self.speed)
         plugins = [*_as_list(chosen.plugins), WholeFileCheckpointIO()]
