@@ -103,6 +103,11 @@ def test_a_test_part_without_classes_is_told_and_does_not_stop_training(pets, ca
     assert main([*args, "--data.img_size=8", "--trainer.max_epochs=0"]) == 0
 
 
+def test_one_part_may_be_held_out_and_test(pets, capsys):
+    (pets / "val").rename(pets / "test")
+    assert check("--data.val_split=test") == 0
+
+
 def test_long_lists_are_cut(pets, capsys):
     for number in range(30):
         (pets / "train" / "cat" / f"bad{number}.png").write_bytes(b"")

@@ -96,37 +96,50 @@ def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
     if empty := [name for name in data.class_names if not seen[name]]:
         problems += at_most([f"no training image of class {name}" for name in empty])
     parts = list(surveys)
-    for group in equal_across(surveys):
-        names = ", ".join(f"{image.name} ({parts[place]})" for place, image in group)
-        problems.append(f"equal images in several parts: {names}")
-    for group in of_two_classes(surveys):
-        names = ", ".join(f"{image.name} ({image.class_name})" for _, image in group)
-        problems.append(f"equal images of several classes: {names}")
-    return at_most(problems, limit=3 * NAMED)
+    problems += at_most(
+        [
+            "equal images in several parts: "
+            + ", ".join(f"{image.name} ({parts[place]})" for place, image in group)
+            for group in equal_across(surveys)
+        ]
+    )
+    problems += at_most(
+        [
+            "equal images of several classes: "
+            + ", ".join(f"{image.name} ({image.class_name})" for _, image in group)
+            for group in of_two_classes(surveys)
+        ]
+    )
+    return problems
 
 
-def at_most(lines: list[str], limit: int = NAMED) -> list[str]:
+def at_most(lines: list[str]) -> list[str]:
     """The first lines, and how many more there are."""
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return [*lines[:limit], *more]
+    more = [f"... and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+    return [*lines[:NAMED], *more]
+
+
+def equal(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
+    """Groups of equal images, as (place of the part, image); one may be in two parts, as itself."""
+    groups = duplicates(*surveys.values())
+    return [group for group in groups if len({image.name for _, image in group}) > 1]
 
 
 def equal_across(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
-    return [of for of in duplicates(*surveys.values()) if len({place for place, _ in of}) > 1]
+    return [of for of in equal(surveys) if len({place for place, _ in of}) > 1]
 
 
 def of_two_classes(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
-    groups = duplicates(*surveys.values())
-    return [of for of in groups if len({image.class_name for _, image in of}) > 1]
+    return [of for of in equal(surveys) if len({image.class_name for _, image in of}) > 1]
 
 
 def show(surveys: dict[str, Survey], class_names: list[str]) -> None:
     """Tables of the parts and, up to a number, of the classes."""
     parts = Table("part", "images", "broken", "equal", "width", "height", "modes", box=None)
     for name, part in surveys.items():
-        equal = sum(len(group) - 1 for group in duplicates(part))
+        again = sum(len(group) - 1 for group in duplicates(part))
         modes = ", ".join(f"{mode} {count:,}" for mode, count in part.modes.items())
-        counts = (len(part.seen), len(part.broken), equal)
+        counts = (len(part.seen), len(part.broken), again)
         sides = (span(part.width), span(part.height))
         parts.add_row(name, *(f"{count:,}" for count in counts), *sides, modes)
     console().print(parts, highlight=False)
@@ -156,15 +169,15 @@ def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str
     folder.mkdir(parents=True, exist_ok=True)
     broken = [{"part": p, **image._asdict()} for p, of in surveys.items() for image in of.broken]
     parts = list(surveys)
-    equal = [
+    alike = [
         {"group": number, "part": parts[place], "name": image.name, "class": image.class_name}
-        for number, group in enumerate(duplicates(*surveys.values()), 1)
+        for number, group in enumerate(equal(surveys), 1)
         for place, image in group
     ]
     tables = {
         "classes.csv": class_rows(surveys, data.class_names),
         "broken.csv": broken,
-        "equal.csv": equal,
+        "equal.csv": alike,
     }
     for name, rows in tables.items():
         (folder / name).unlink(missing_ok=True)  # of an earlier check
