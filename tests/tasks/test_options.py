@@ -73,9 +73,12 @@ def test_loggers_that_need_a_package(tmp_path, monkeypatch, name, kind, expected
     """Neither package is here; Lightning's class is asked for as it wants to be."""
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=object()))
     monkeypatch.setattr(loggers, kind, lambda **options: options)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     made = loggers.create_logger(name, tmp_path / "run")
     assert expected.items() <= made.items()
-    assert str(tmp_path / "run") in str(made["save_dir"])
+    where = {"wandb": tmp_path / "run", "mlflow": f"sqlite:///{tmp_path}/mlflow.db"}[name]
+    assert where in made.values()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

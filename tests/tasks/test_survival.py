@@ -165,17 +165,24 @@ def test_validations_within_an_epoch_leave_the_same_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_end_with_the_same_bits_and_the_loss_of_one(tmp_path):
+def test_two_processes_stopped_end_with_the_same_bits_and_the_loss_of_one(tmp_path):
     """A step of two processes has the images of a step of one with twice the batch size."""
-    two = {**TWO_PROCESSES, "trainer.strategy": "ddp"}
+    average = {"model.ema_decay": 0.9}
+    two = {**TWO_PROCESSES, **average, "trainer.strategy": "ddp"}
     killed = start(tmp_path / "killed", two, *signal_at(18, signal.SIGKILL))
-    assert fit(tmp_path / "one", GLOBAL_BATCH) == 0
+    assert fit(tmp_path / "one", {**GLOBAL_BATCH, **average}) == 0
     assert ended(killed)[0] == -signal.SIGKILL
     assert checkpoint_of(tmp_path / "killed")["global_step"] == 16
-    resumed = arguments(tmp_path / "killed", two, "--ckpt_path=last")
-    for process in start_two([arguments(tmp_path / "whole", two), resumed]):
+    commands = [
+        arguments(tmp_path / "whole", two),
+        arguments(tmp_path / "killed", two, "--ckpt_path=last"),
+        arguments(tmp_path / "limited", {**two, "trainer.max_steps": 5}),
+        arguments(tmp_path / "limited", two, "--ckpt_path=last"),
+    ]
+    for process in start_two(commands):
         assert ended(process) == (0, "")
-    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    for run in ("killed", "limited"):
+        assert_same_end(tmp_path / run, tmp_path / "whole")
     for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "whole"), strict=True):
         for loss in ("train_loss", "val_loss"):
             assert float(two[loss]) == pytest.approx(float(one[loss]), rel=1e-3)

@@ -138,6 +138,8 @@ class Task(LightningModule):
         with naming("ema_kwargs"):
             ema = ModelEmaV3(self.net, ema_decay, **ema_kwargs or {}) if ema_decay else None
         self.ema: ModelEmaV3 | None = ema
+        if ema is not None:
+            ema.requires_grad_(False)  # else DDP would wait for its gradients
         self.sums = torch.zeros(2 + len(self.averages))  # of this epoch and process: with images
 
     @abstractmethod

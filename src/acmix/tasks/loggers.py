@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def create_logger(name: str, run: Path) -> Logger | None:
     if find_spec(package) is None:
         raise UserError(f"logger: {name} needs {package}: pip install {package}")
     if name == "wandb":
-        run.mkdir(parents=True, exist_ok=True)
         return WandbLogger(name=run.name, project="acmix", save_dir=run)
-    return MLFlowLogger(experiment_name="acmix", run_name=run.name, save_dir=str(run / "mlruns"))
+    runs = run.resolve().parent
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+    return MLFlowLogger(experiment_name="acmix", run_name=run.name, tracking_uri=store)

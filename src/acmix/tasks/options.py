@@ -148,7 +148,7 @@ def _explain_value(key: str, message: str, kinds: Mapping[str, type]) -> str:
         return f"{key}: {why}" if key else why
     if "dot import path string" in message:
         offer = f" (known: {', '.join(kinds)})" if key == "data" else ""
-        near = did_you_mean(str(value), kinds if key == "data" else _classes_of(key))
+        near = did_you_mean(str(value), {*kinds} if key == "data" else _classes_of(key) - {value})
         return f"{key}: expected a class by its name, got {value!r}{near}{offer}"
     if WORDS["float"] in expected or choices:
         expected = [words for words in expected if words != WORDS["int"]]
@@ -156,10 +156,10 @@ def _explain_value(key: str, message: str, kinds: Mapping[str, type]) -> str:
     return f"{key}: expected {wanted}, got {value!r}{did_you_mean(str(value), choices)}"
 
 
-def _classes_of(key: str) -> list[str]:
+def _classes_of(key: str) -> set[str]:
     """Lightning's classes for an option of the trainer."""
     module = {"trainer.callbacks": callbacks, "trainer.logger": loggers}.get(key)
-    return list(module.__all__) if module else []
+    return set(module.__all__) if module else set()
 
 
 def _words(kind: str) -> str:
