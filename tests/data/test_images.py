@@ -339,7 +339,7 @@ def test_every_image_can_be_looked_at_by_part(folder):
     parts = {part: list(data.pictures(part)) for part in ("train", "val")}
     assert {part: len(of) for part, of in parts.items()} == {"train": 12, "val": 3}
     assert data.pictures("test") is None
-    assert [of.class_name for of in parts["val"]] == ["cat", "cat", "owl"]
+    assert [of.classes[0] for of in parts["val"]] == ["cat", "cat", "owl"]
     divided = Images(str(folder / "train"), val_fraction=0.5, **PLAIN)
     names = [{of.name for of in divided.pictures(part)} for part in ("train", "val")]
     assert [len(of) for of in names] == [6, 6]

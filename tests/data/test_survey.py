@@ -42,7 +42,7 @@ def test_every_image_is_counted(parts, jobs):
 
 def test_the_first_of_each_class_keep_a_thumbnail(parts):
     shown = [image for image in look(parts[0], shown=2).seen if image.thumbnail is not None]
-    assert [image.class_name for image in shown] == ["cat", "cat", "dog", "dog", "owl"]
+    assert [image.classes[0] for image in shown] == ["cat", "cat", "dog", "dog", "owl"]
     assert shown[0].thumbnail.shape == (20, 30, 3)
     assert shown[0].thumbnail.max() <= 1
 

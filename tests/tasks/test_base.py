@@ -8,7 +8,7 @@ from tasks.runs import checkpoint_of, rows_of
 
 from acmix.analysis import figures
 from acmix.cli import main
-from acmix.data import Digits
+from acmix.data import ClassifiedData, Digits
 from acmix.tasks import training_cli
 from acmix.tasks.base import Task, create_network
 from acmix.tasks.held_out import HeldOut
@@ -41,6 +41,7 @@ class Brightness(Task):
     task = "brightness"
     monitor = "val_fit"
     averages = ("error",)
+    data_class = ClassifiedData
 
     def create_net(self):
         hp = self.hparams

@@ -1,16 +1,16 @@
-"""What every kind of data gives: two sets of images, the class names, and loaders around them."""
+"""What every kind of data gives: sets of images, the class names, and loaders around them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from acmix.data.loading import Sample, make_loader
 from acmix.data.survey import Picture
@@ -18,7 +18,7 @@ from acmix.ranges import Count, PositiveCount, check_ranges
 
 
 class ImageData(LightningDataModule):
-    """Images with a class each. A kind of data is a subclass that names its classes and its sets.
+    """Images and what is known of each. A kind of data is a subclass that names classes and sets.
 
     `class_names` must be known once the object is made: the network's head is built from it.
     `mean` and `std` (one number a channel) are what the images were normalised with;
@@ -32,6 +32,7 @@ class ImageData(LightningDataModule):
     # Arguments of timm.data.create_transform, and `background`, the colour beneath transparency.
     input_config: dict[str, Any] | None = None
     looks_early: bool = False  # whether `acmix fit` looks for broken files before it starts
+    collate: Callable[[list[Sample]], Any] = staticmethod(default_collate)  # samples -> a batch
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it
 
     def __init__(self, batch_size: PositiveCount = 64, num_workers: Count = 0) -> None:
@@ -48,23 +49,15 @@ class ImageData(LightningDataModule):
 
     @abstractmethod
     def train_set(self) -> Dataset[Sample]:
-        """Images to learn from, augmented, as (image (C, H, W), class) pairs."""
+        """Images to learn from, augmented, as pairs: image (C, H, W), and what is known of it."""
 
     @abstractmethod
     def val_set(self) -> Dataset[Sample]:
-        """Held-out images, as (image (C, H, W), class) pairs."""
+        """Held-out images, as pairs like training ones, but not augmented."""
 
     def test_set(self) -> Dataset[Sample] | None:
-        """Images for `acmix test`, as (image (C, H, W), class) pairs, where there are others."""
+        """Images for `acmix test`, as training ones, where there are others."""
         return None
-
-    def class_counts(self) -> list[int]:
-        """Training images of each class."""
-        classes = getattr(self.train_set(), "classes", None)
-        if classes is None:
-            raise ValueError("model.class_weights: expected numbers with shards, got balanced")
-        counts = Counter(classes)
-        return [counts[index] for index in range(len(self.class_names))]
 
     @abstractmethod
     def pictures(self, part: str) -> Iterable[Picture] | None:
@@ -75,6 +68,10 @@ class ImageData(LightningDataModule):
         Raises:
             ValueError: If the part cannot be had, as in training.
         """
+
+    def faults(self, part: str) -> list[str]:
+        """What is wrong with what is known of the images of a part: file, record and fault."""
+        return []
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_set(), train=True)
@@ -100,7 +97,7 @@ class ImageData(LightningDataModule):
         return (images.float().cpu() * std + mean).clamp(0, 1)
 
     def _loader(self, data: Dataset[Sample], train: bool = False) -> DataLoader[Any]:
-        return make_loader(data, train=train, **self.loader_options())
+        return make_loader(data, train=train, collate=self.collate, **self.loader_options())
 
     def loader_options(self) -> dict[str, int]:
         return {
@@ -110,3 +107,15 @@ class ImageData(LightningDataModule):
             "rank": self.trainer.global_rank if self.trainer else 0,
             "world_size": self.trainer.world_size if self.trainer else 1,
         }
+
+
+class ClassifiedData(ImageData):
+    """Images with a class each: a sample is (image (C, H, W), index of the class)."""
+
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        classes = getattr(self.train_set(), "classes", None)
+        if classes is None:
+            raise ValueError("model.class_weights: expected numbers with shards, got balanced")
+        counts = Counter(classes)
+        return [counts[index] for index in range(len(self.class_names))]

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from acmix.data.base import ImageData, Sample
+from acmix.data.base import ClassifiedData, Sample
 from acmix.data.survey import Picture
 from acmix.ranges import Count, PositiveCount, PositivePartBelowOne, check_ranges
 
 
-class Digits(ImageData):
+class Digits(ClassifiedData):
     """Handwritten digits 0 to 9, one channel of 8 x 8; a stratified part is held out."""
 
     in_chans: ClassVar[int] = 1
@@ -68,7 +68,7 @@ class Digits(ImageData):
         pixels = self.to_pixels(images).mul(255).round().byte().squeeze(1).numpy()
         for index, label in enumerate(classes.tolist()):
             name = f"image {index} of {part}"
-            yield Picture(name, self.class_names[label], partial(Image.fromarray, pixels[index]))
+            yield Picture(name, (self.class_names[label],), partial(Image.fromarray, pixels[index]))
 
     def _split(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((training images, classes), (held-out images, classes)), images (B, 1, 8, 8)."""

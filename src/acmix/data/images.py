@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from acmix.data.base import ImageData
+from acmix.data.base import ClassifiedData
 from acmix.data.loading import Sample
 from acmix.data.shards import (
     Shards,
@@ -54,7 +54,7 @@ from acmix.ranges import (
 Transform = Callable[[Image], Tensor]
 
 
-class Images(ImageData):
+class Images(ClassifiedData):
     """Colour images with a class each, from one of several sources."""
 
     def __init__(
@@ -329,8 +329,8 @@ def pictures_of(images: Labelled | Shards, indices: Sequence[int]) -> Iterator[P
         yield from shard_pictures(images)
         return
     for index in indices:
-        label = images.class_names[images.labels[index]]
-        yield Picture(images.name(index), label, partial(images.load, index))
+        classes = (images.class_names[images.labels[index]],)
+        yield Picture(images.name(index), classes, partial(images.load, index))
 
 
 def check_pairs(images: Labelled) -> None:

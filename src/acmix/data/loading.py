@@ -9,7 +9,7 @@ divided among processes. So a position within an epoch is all that a checkpoint 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-Sample = tuple[Tensor, int]
-Batch = list[Tensor]
+Sample = tuple[Tensor, Any]
+Collate = Callable[[list[Sample]], Any]
 Keys = list[tuple[int, int]]  # (epoch, index) of every image of a batch
 
 
@@ -29,11 +29,12 @@ def make_loader(
     batch_size: int,
     num_workers: int = 0,
     train: bool,
+    collate: Collate = default_collate,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Any]:
-    """Batches (images (B, C, H, W), classes (B,)) of this process's share of a map-style dataset.
+    """Batches of this process's share of a map-style dataset.
 
     Args:
         dataset: Draws randomness from the global CPU generators of Python, NumPy and PyTorch only.
@@ -41,6 +42,7 @@ def make_loader(
         num_workers: Processes that load images; 0 loads in the calling process.
         train: Shuffled and augmented anew every epoch, full batches only (one smaller batch where
             there are too few images for a full one); else in order, every image once.
+        collate: Makes a batch of samples.
         seed: Of order and augmentation.
         rank: This process, from 0.
         world_size: Processes that share the images.
@@ -60,10 +62,10 @@ def make_loader(
     }
     if train:
         order = EpochOrder(size, batch_size, seed=seed, rank=rank, world_size=world_size)
-        return TrainLoader(dataset, order, **options)
+        return TrainLoader(dataset, order, collate, **options)
     share = range(rank, size, world_size)
     batch_size = even_batch_size(size, batch_size, world_size)
-    return DataLoader(dataset, batch_size=batch_size, sampler=share, **options)
+    return DataLoader(dataset, batch_size=batch_size, sampler=share, collate_fn=collate, **options)
 
 
 def even_batch_size(size: int, batch_size: int, world_size: int) -> int:
@@ -111,10 +113,12 @@ class EpochOrder(Sampler[Keys]):
 class TrainLoader(DataLoader[Any]):
     """A loader whose `state_dict` is the place within the epoch, counted in batches handed out."""
 
-    def __init__(self, dataset: Dataset[Sample], order: EpochOrder, **options: Any) -> None:
+    def __init__(
+        self, dataset: Dataset[Sample], order: EpochOrder, collate: Collate, **options: Any
+    ) -> None:
         # Without batch_size, each item of the sampler goes to the dataset whole: a batch.
         super().__init__(
-            SeededBatches(dataset, order.seed),  # type: ignore[arg-type]
+            SeededBatches(dataset, order.seed, collate),  # type: ignore[arg-type]
             batch_size=None,
             sampler=order,
             **options,
@@ -151,16 +155,17 @@ class TrainLoader(DataLoader[Any]):
 class SeededBatches:
     """The images of a dataset by lists of (epoch, index), each drawn with a seed of its own."""
 
-    def __init__(self, dataset: Dataset[Sample], seed: int) -> None:
+    def __init__(self, dataset: Dataset[Sample], seed: int, collate: Collate) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.collate = collate
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, keys: Keys) -> Batch:
+    def __getitem__(self, keys: Keys) -> Any:
         with kept_random_state():
-            return default_collate([self._sample(*key) for key in keys])
+            return self.collate([self._sample(*key) for key in keys])
 
     def _sample(self, epoch: int, index: int) -> Sample:
         seed_generators(self.seed, epoch, index)

@@ -207,9 +207,8 @@ def shard_pictures(shards: Shards) -> Iterator[Picture]:
         label = raw.get("cls", b"").decode(errors="replace").strip()
         known = label.isdecimal() and int(label) < len(shards.class_names)
         name = printable(f"{raw['__url__']}/{raw['__key__']}")
-        yield Picture(
-            name, shards.class_names[int(label)] if known else "?", partial(open_raw, raw)
-        )
+        classes = (shards.class_names[int(label)],) if known else ()
+        yield Picture(name, classes, partial(open_raw, raw))
 
 
 def open_raw(raw: Raw) -> Image.Image:

@@ -24,10 +24,13 @@ AHEAD = 512  # items under way at most, as those of shards are in memory
 
 
 class Picture(NamedTuple):
-    """An image that is to be looked at; `load` may raise anything where it is broken."""
+    """An image that is to be looked at; `load` may raise anything where it is broken.
+
+    classes: its one, or one an object, or those of its pixels.
+    """
 
     name: str
-    class_name: str
+    classes: tuple[str, ...]
     load: Callable[[], Image.Image]
 
 
@@ -42,7 +45,7 @@ class Seen(NamedTuple):
     """What is kept of an image that can be read."""
 
     name: str
-    class_name: str
+    classes: tuple[str, ...]
     size: tuple[int, int]  # width, height
     mode: str
     content: str  # a hash of the pixels in RGB: equal for equal pictures, whatever the format
@@ -66,8 +69,8 @@ class Survey:
 
     @property
     def counts(self) -> Counter[str]:
-        """Images by class."""
-        return Counter(image.class_name for image in self.seen)
+        """Images by class, or objects where an image has several."""
+        return Counter(name for image in self.seen for name in image.classes)
 
     @property
     def modes(self) -> dict[str, int]:
@@ -103,8 +106,8 @@ def survey(
 
     def chosen() -> Iterator[tuple[Picture, bool]]:
         for picture in pictures:
-            so_far[picture.class_name] += 1
-            yield picture, so_far[picture.class_name] <= shown
+            so_far.update(set(picture.classes))
+            yield picture, any(so_far[name] <= shown for name in picture.classes)
 
     for result in in_threads(lambda of: _look(*of, background), chosen(), jobs):
         if isinstance(result, Broken):
@@ -159,7 +162,7 @@ def _look(picture: Picture, shown: bool, background: str) -> Seen | Broken:
     content.update(pixels.tobytes())
     return Seen(
         picture.name,
-        picture.class_name,
+        picture.classes,
         pixels.size,
         modes[0],
         content.hexdigest(),

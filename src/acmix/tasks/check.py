@@ -106,7 +106,7 @@ def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
     problems += at_most(
         [
             "equal images of several classes: "
-            + ", ".join(f"{image.name} ({image.class_name})" for _, image in group)
+            + ", ".join(f"{image.name} ({image.classes[0]})" for _, image in group)
             for group in of_two_classes(surveys)
         ]
     )
@@ -130,7 +130,9 @@ def equal_across(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
 
 
 def of_two_classes(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
-    return [of for of in equal(surveys) if len({image.class_name for _, image in of}) > 1]
+    return [
+        of for of in equal(surveys) if len({image.classes for _, image in of if image.classes}) > 1
+    ]
 
 
 def show(surveys: dict[str, Survey], class_names: list[str]) -> None:
@@ -170,7 +172,12 @@ def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str
     broken = [{"part": p, **image._asdict()} for p, of in surveys.items() for image in of.broken]
     parts = list(surveys)
     alike = [
-        {"group": number, "part": parts[place], "name": image.name, "class": image.class_name}
+        {
+            "group": number,
+            "part": parts[place],
+            "name": image.name,
+            "class": ", ".join(sorted(set(image.classes))),
+        }
         for number, group in enumerate(equal(surveys), 1)
         for place, image in group
     ]
@@ -186,7 +193,7 @@ def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str
         image for part in surveys.values() for image in part.seen if image.thumbnail is not None
     ]
     if samples:
-        samples.sort(key=lambda image: data.class_names.index(image.class_name))
+        samples.sort(key=lambda image: data.class_names.index(image.classes[0]))
         report.draw(lambda: draw_samples(samples), folder / "samples.png")
     return sorted(path.name for path in folder.iterdir())
 
@@ -195,6 +202,6 @@ def draw_samples(samples: list[Seen]) -> figures.Figure:
     samples = samples[:SHOWN]
     return figures.images(
         [image.thumbnail for image in samples if image.thumbnail is not None],
-        [image.class_name for image in samples],
+        [", ".join(sorted(set(image.classes))) for image in samples],
         title="Training images as they are stored, by class",
     )

@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from acmix.analysis import figures
-from acmix.data import ImageData
+from acmix.data import ClassifiedData, ImageData
 from acmix.ranges import NonNegative, PartBelowOne, Positive
 from acmix.tasks.base import Task, create_network, naming
 from acmix.tasks.held_out import HeldOut, Row
@@ -32,6 +32,7 @@ class Classification(Task):
     task: ClassVar[str] = "classification"
     monitor: ClassVar[str] = "val_accuracy"
     averages: ClassVar[tuple[str, ...]] = ("accuracy",)
+    data_class: ClassVar[type[ImageData]] = ClassifiedData  # type: ignore[type-abstract]
 
     def __init__(
         self,
