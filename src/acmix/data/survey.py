@@ -51,6 +51,11 @@ class Seen(NamedTuple):
     content: str  # a hash of the pixels in RGB: equal for equal pictures, whatever the format
     thumbnail: np.ndarray | None  # (H, W, 3) in [0, 1]
 
+    @property
+    def label(self) -> str:
+        """Its classes in words."""
+        return ", ".join(sorted(set(self.classes))) or "no class"
+
 
 class Span(NamedTuple):
     """Of some numbers."""

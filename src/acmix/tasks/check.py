@@ -106,7 +106,7 @@ def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
     problems += at_most(
         [
             "equal images of several classes: "
-            + ", ".join(f"{image.name} ({image.classes[0]})" for _, image in group)
+            + ", ".join(f"{image.name} ({image.label})" for _, image in group)
             for group in of_two_classes(surveys)
         ]
     )
@@ -130,9 +130,7 @@ def equal_across(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
 
 
 def of_two_classes(surveys: dict[str, Survey]) -> list[list[tuple[int, Seen]]]:
-    return [
-        of for of in equal(surveys) if len({image.classes for _, image in of if image.classes}) > 1
-    ]
+    return [of for of in equal(surveys) if len({image.label for _, image in of}) > 1]
 
 
 def show(surveys: dict[str, Survey], class_names: list[str]) -> None:
@@ -176,7 +174,7 @@ def write(folder: Path, data: ImageData, surveys: dict[str, Survey]) -> list[str
             "group": number,
             "part": parts[place],
             "name": image.name,
-            "class": ", ".join(sorted(set(image.classes))),
+            "class": image.label,
         }
         for number, group in enumerate(equal(surveys), 1)
         for place, image in group
@@ -202,6 +200,6 @@ def draw_samples(samples: list[Seen]) -> figures.Figure:
     samples = samples[:SHOWN]
     return figures.images(
         [image.thumbnail for image in samples if image.thumbnail is not None],
-        [", ".join(sorted(set(image.classes))) for image in samples],
+        [image.label for image in samples],
         title="Training images as they are stored, by class",
     )
