@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from inspect import isabstract
 from pathlib import Path
 from typing import Any, Literal
 
@@ -314,7 +313,7 @@ def data_of(task: type[Task]) -> dict[str, type]:
     return {
         name: kind
         for name, kind in kinds.items()
-        if issubclass(kind, task.data_class) and not isabstract(kind)
+        if issubclass(kind, task.data_class) and kind.__module__ != data_kinds.base.__name__
     }
 
 
