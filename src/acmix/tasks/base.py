@@ -371,14 +371,22 @@ def create_network(
     name: str, in_chans: int, model_kwargs: dict[str, Any], **more: Any
 ) -> nn.Module:
     """`timm.create_model`, with a suggestion where the name is unknown."""
+    with naming_network(name):
+        return timm.create_model(name, in_chans=in_chans, **more, **nested(model_kwargs))
+
+
+@contextmanager
+def naming_network(name: str) -> Iterator[None]:
+    """Mistakes in the name of a network or in its arguments name the option that held them."""
     if ":" not in name:  # "hf-hub:..." and the like are looked up elsewhere
         check_known("model.name", name.split(".")[0], timm.list_models())
     try:
-        return timm.create_model(name, in_chans=in_chans, **more, **nested(model_kwargs))
+        yield
     except RuntimeError as error:  # of a tag that there is not
         raise ValueError(f"model.name: {one_line(error)}") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"model.model_kwargs: {one_line(error)}") from error
+        option = "model." if str(error).startswith("name: ") else "model.model_kwargs: "
+        raise ValueError(f"{option}{one_line(error)}") from error
 
 
 def nested(options: dict[str, Any]) -> dict[str, Any]:
