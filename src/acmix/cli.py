@@ -60,6 +60,7 @@ TRAIN_PACKAGES = {
     "jsonargparse": "jsonargparse",
     "torchmetrics": "torchmetrics",
     "matplotlib": "matplotlib",
+    "faster_coco_eval": "faster-coco-eval",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
 }
