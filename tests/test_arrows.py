@@ -14,7 +14,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"surgery", "analysis", "data"},
+    {"surgery", "analysis", "data", "detection", "segmentation"},
     {"tasks"},
     {"cli"},
 ]

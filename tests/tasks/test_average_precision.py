@@ -114,7 +114,7 @@ def by_pycocotools(found, targets, kind):
 @pytest.mark.parametrize("ten", [False, True], ids=["mixed", "ten-of-a-class"])
 def test_measures_are_those_of_pycocotools(masks, seed, ten):
     found, targets = scene(seed, ten)
-    metric = AveragePrecision(masks)
+    metric = AveragePrecision(8, masks)
     for batch in range(0, len(found), 5):
         metric.update(found[batch : batch + 5], targets[batch : batch + 5])
     summaries = metric.summaries()
@@ -125,6 +125,8 @@ def test_measures_are_those_of_pycocotools(masks, seed, ten):
         assert summaries[kind].measures == pytest.approx(known, abs=1e-7)
         classes = {key: of["ap"] for key, of in summaries[kind].of_class.items()}
         assert classes == pytest.approx(of_class, abs=1e-7)
+        real = torch.cat([of["labels"][~of["iscrowd"]] for of in targets])
+        assert summaries[kind].objects == real.bincount(minlength=8).tolist()
         for label, curve in summaries[kind].curves.items():
             np.testing.assert_allclose(curve, precision[0, :, CLASSES.index(label)], atol=1e-7)
 
@@ -140,7 +142,7 @@ def test_a_recall_of_some_tenths_counts_as_coco_counts_it(hits):
         "labels": target["labels"][:hits],
         "masks": target["masks"][:hits],
     }
-    metric = AveragePrecision()
+    metric = AveragePrecision(8)
     metric.update([found], [target])
     ap = metric.summaries()[""].measures["ap"]
     assert ap == pytest.approx(by_pycocotools([found], [target], "bbox")[0][0], abs=1e-9)
@@ -151,7 +153,7 @@ def test_a_recall_of_some_tenths_counts_as_coco_counts_it(hits):
 def test_where_there_is_no_object_there_is_no_number():
     found, targets = scene(0)
     empty = target_of(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
-    metric = AveragePrecision()
+    metric = AveragePrecision(8)
     metric.update(found, [empty] * len(found))
     assert metric.summaries() == {}
     nothing = {

@@ -40,6 +40,7 @@ class Brightness(Task):
 
     task = "brightness"
     monitor = "val_fit"
+    measure = "fit"
     averages = ("error",)
     data_class = ClassifiedData
 
@@ -124,7 +125,7 @@ def test_an_unknown_task_is_named(tmp_path, capsys, args):
     args = [arg.format(tmp_path / "recipe.yaml") for arg in args]
     assert main(["fit", *args]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "task: expected classification, got 'clasification'; did you mean classif" in line
+    assert "got 'clasification'; did you mean classification?" in line
 
 
 def fitted(trainer=(), steps=6, **options):

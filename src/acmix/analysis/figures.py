@@ -54,15 +54,19 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 @matplotlib.rc_context(STYLE)
-def curves(rows: Sequence[Row]) -> Figure:
-    """Loss and accuracy by epoch. Rows hold epoch, {train,val}_{loss,accuracy}."""
+def curves(rows: Sequence[Row], monitor: str = "val_accuracy", measure: str = "accuracy") -> Figure:
+    """Loss, and what is measured on held-out images, by epoch.
+
+    Rows hold epoch, {train,val}_loss and {train,val}_NAME, where monitor is val_NAME; measure is
+    what people call it.
+    """
     figure = Figure(figsize=(10, 4))
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, measure_axes = figure.subplots(1, 2)
     _lines(loss_axes, rows, "loss")
-    _lines(accuracy_axes, rows, "accuracy")
-    loss_axes.set(title="Loss" + _final(rows, "val_loss", ".3f"), ylabel="cross-entropy")
-    accuracy_axes.set(title="Accuracy" + _final(rows, "val_accuracy", ".1%"))
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _lines(measure_axes, rows, monitor.removeprefix("val_"))
+    loss_axes.set(title="Loss" + _final(rows, "val_loss", ".3f"))
+    measure_axes.set(title=measure[0].upper() + measure[1:] + _final(rows, monitor, ".1%"))
+    measure_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
@@ -217,7 +221,7 @@ def predictions(
         return _note("No held-out images were kept")
     order = sorted(range(len(images)), key=lambda index: truth[index] == predicted[index])
     tiles = [
-        _prediction(images[n], _short(truth[n]), _short(predicted[n]), confidence[n]) for n in order
+        _prediction(images[n], short(truth[n]), short(predicted[n]), confidence[n]) for n in order
     ]
     return _grid(tiles, title)
 
@@ -242,7 +246,7 @@ def _prediction(picture: np.ndarray, truth: str, predicted: str, confidence: flo
 @matplotlib.rc_context(STYLE)
 def images(pictures: Sequence[np.ndarray], names: Sequence[str], title: str) -> Figure:
     """A grid of images (H, W) or (H, W, 3) in [0, 1], each below its name."""
-    tiles = [Tile(picture, _short(name, 16)) for picture, name in zip(pictures, names, strict=True)]
+    tiles = [Tile(picture, short(name, 16)) for picture, name in zip(pictures, names, strict=True)]
     return _grid(tiles, title)
 
 
@@ -299,7 +303,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
             colour = "white" if part[row, column] > 0.3 else "black"
             number = counts[row, column]
             axes.text(column, row, number, color=colour, fontsize=digits, ha="center", va="center")
-    labels, size = [_short(name, 18) for name in names], 9.5 if classes <= 20 else 7.5
+    labels, size = [short(name, 18) for name in names], 9.5 if classes <= 20 else 7.5
     turn: Any = {"rotation": 90} if max(map(len, labels)) > 2 else {}
     axes.set_xticks(range(classes), labels, fontsize=size, **turn)
     axes.set_yticks(range(classes), labels, fontsize=size)
@@ -321,7 +325,7 @@ def classes(rows: Sequence[Row]) -> Figure:
     for place, row in zip(places, rows, strict=True):
         ends = [row[column] for column in ("precision", "recall") if row[column] is not None]
         axes.plot(ends, [place] * len(ends), color="#C8C8C8", zorder=1)
-    names = [f"{_short(row['class'], 24)} ({row['images']:,})" for row in rows]
+    names = [f"{short(row['class'], 24)} ({row['images']:,})" for row in rows]
     axes.set_yticks(places, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
@@ -456,7 +460,7 @@ def ablation(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _short(name: str, limit: int = 12) -> str:
+def short(name: str, limit: int = 12) -> str:
     """The name on one line, cut where it is long."""
     name = printable(name)
     return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -1,7 +1,7 @@
 """Kinds of data, one a file; `acmix fit --data NAME` chooses one."""
 
-from acmix.data.base import ClassifiedData, ImageData
+from acmix.data.base import ClassifiedData, DetectionData, ImageData
 from acmix.data.digits import Digits
 from acmix.data.images import Images
 
-__all__ = ["ClassifiedData", "Digits", "ImageData", "Images"]
+__all__ = ["ClassifiedData", "DetectionData", "Digits", "ImageData", "Images"]

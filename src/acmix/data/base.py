@@ -119,3 +119,16 @@ class ClassifiedData(ImageData):
             raise ValueError("model.class_weights: expected numbers with shards, got balanced")
         counts = Counter(classes)
         return [counts[index] for index in range(len(self.class_names))]
+
+
+class DetectionData(ImageData):
+    """Images with objects: a sample is (image (C, H, W), target), a dict of tensors.
+
+    Of N objects: boxes (N, 4) as left, top, right, bottom in pixels, labels (N,) from 0, area (N,),
+    iscrowd (N,) and, `with_masks`, masks (N, H, W); image_id is a number. Held-out images have the
+    size that they are stored in. A batch is (list of images, list of targets).
+    """
+
+    with_masks: bool = False  # the task sets it
+    test_size: int  # shorter side to which the detector brings held-out images, in pixels
+    max_size: int  # most that their longer side may then have

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 # COCO's own numbers, to the last digit: torchmetrics makes them in float32, where 0.1 is less, and
@@ -22,19 +24,21 @@ class Summary(NamedTuple):
     """Of boxes or of masks, over all held-out images.
 
     measures: ap, ap50, ap75, ap_small, ..., ar1, ar10, ar100, ar_small, ..., of what has objects.
-    of_class: by index of a class with objects, ap, ap50, ap75 and ar100.
+    of_class: by index of a class with objects, ap, ap50, ap75, ar1, ar10 and ar100.
+    objects: by index of a class; crowds do not count.
     curves: by index of a class with objects, the precision (101,) at IoU 0.5 for each of `RECALLS`.
     """
 
     measures: dict[str, float]
     of_class: dict[int, dict[str, float]]
     curves: dict[int, np.ndarray]
+    objects: list[int]
 
 
 class AveragePrecision(MeanAveragePrecision):
     """torchmetrics' metric at COCO's thresholds, exactly, and by class in one evaluation."""
 
-    def __init__(self, masks: bool = False) -> None:
+    def __init__(self, classes: int, masks: bool = False) -> None:
         """masks: whether of masks too, which detections and targets then have."""
         super().__init__(
             iou_type=("bbox", "segm") if masks else ("bbox",),
@@ -45,7 +49,18 @@ class AveragePrecision(MeanAveragePrecision):
             backend="faster_coco_eval",
         )
         self.warn_on_many_detections = False
+        self.add_state("objects", torch.zeros(classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.objects: Tensor
         self.kinds = {"": "bbox_", "mask_": "segm_"} if masks else {"": ""}
+
+    def update(self, preds: list[dict[str, Tensor]], target: list[dict[str, Tensor]]) -> None:
+        super().update(preds, target)
+        for of in target:
+            real = of["labels"][~of["iscrowd"].bool()] if "iscrowd" in of else of["labels"]
+            self.objects += real.bincount(minlength=len(self.objects))
+
+    def compute(self) -> dict[str, Any]:
+        return {**super().compute(), "objects": self.objects.clone()}
 
     def summaries(self) -> dict[str, Summary]:
         """By the prefix of the kind: "" of boxes, "mask_" of masks; none where there is no object.
@@ -54,14 +69,17 @@ class AveragePrecision(MeanAveragePrecision):
         """
         found = self.compute()
         classes = found["classes"].flatten().tolist()  # of one class a scalar
-        summaries = {
-            kind: _summary(found[f"{key}precision"].numpy(), found[f"{key}recall"].numpy(), classes)
-            for kind, key in self.kinds.items()
-        }
+        objects = found["objects"].flatten().tolist()
+        summaries = {}
+        for kind, key in self.kinds.items():
+            precision, recall = found[f"{key}precision"].numpy(), found[f"{key}recall"].numpy()
+            summaries[kind] = _summary(precision, recall, classes, objects)
         return {kind: of for kind, of in summaries.items() if of.measures}
 
 
-def _summary(precision: np.ndarray, recall: np.ndarray, classes: list[int]) -> Summary:
+def _summary(
+    precision: np.ndarray, recall: np.ndarray, classes: list[int], objects: list[int]
+) -> Summary:
     """precision: by IoU, recall, class, size, detections; recall: the same without the second."""
     known = precision[0, 0, :, ALL, MOST] > NONE
     with_objects = np.flatnonzero(known)
@@ -70,7 +88,7 @@ def _summary(precision: np.ndarray, recall: np.ndarray, classes: list[int]) -> S
         for place in with_objects
     }
     curves = {classes[place]: precision[0, :, place, ALL, MOST] for place in with_objects}
-    return Summary(dict(_measures(precision, recall, SIZES)), of_class, curves)
+    return Summary(dict(_measures(precision, recall, SIZES)), of_class, curves, objects)
 
 
 def _measures(

@@ -50,8 +50,9 @@ class Task(LightningModule):
 
     task: ClassVar[str]
     data_class: ClassVar[type[ImageData]] = ImageData  # type: ignore[type-abstract]
+    from_data: ClassVar[tuple[str, ...]] = ("class_names", "in_chans")  # options that the data set
     monitor: ClassVar[str]  # what is measured on held-out images: the best is where it is highest
-    averages: ClassVar[tuple[str, ...]] = ()  # of a step, beside the loss; over the images
+    measure: ClassVar[str]  # its name for people
 
     seed: int = 0  # of what is random in a step; `acmix fit` sets it
     goes_on: bool = False  # from a checkpoint, instead of a warm start; `acmix fit` sets it
@@ -131,7 +132,7 @@ class Task(LightningModule):
             )
         self.net = self.create_net()
         self.size = sum(weight.numel() for weight in self.net.parameters())
-        self._frozen = freeze_modules(self.net, freeze or [])
+        self._frozen = freeze_modules(self.backbone, freeze or [])
         self.channels_last = is_convolutional(self.net) if channels_last is None else channels_last
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -151,6 +152,11 @@ class Task(LightningModule):
         """Loss of a training batch, the mean over its images, and sums over them of `averages`."""
 
     @property
+    def averages(self) -> tuple[str, ...]:
+        """Of a step, beside the loss; over the images."""
+        return ()
+
+    @property
     @abstractmethod
     def measures(self) -> list[str]:
         """Names of what is logged, in training and on held-out images."""
@@ -167,6 +173,14 @@ class Task(LightningModule):
     def draw_batch(self, data: ImageData, batch: Any) -> Figure:
         """The images of a training batch as the network gets them, with what is known of each."""
 
+    def look_at(self, data: ImageData) -> None:
+        """Tell the data what of them is needed, once both are made."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that `freeze` names modules of, and that may start from a classifier."""
+        return self.net
+
     @property
     def class_names(self) -> list[str]:
         return self.hparams["class_names"]
@@ -176,10 +190,11 @@ class Task(LightningModule):
         """The network that is measured and predicts: the moving average where there is one."""
         return self.net if self.ema is None else self.ema.module
 
-    def forward(self, images: Tensor) -> Any:
-        if self.channels_last:
+    def forward(self, images: Any, *known: Any) -> Any:
+        """What the network says of images; known: in training, what it asks for beside them."""
+        if self.channels_last and isinstance(images, Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
-        return (self.net if self.training else self.measured)(images)
+        return (self.net if self.training else self.measured)(images, *known)
 
     def train(self, mode: bool = True) -> Task:
         super().train(mode)
@@ -213,11 +228,15 @@ class Task(LightningModule):
 
     def _warm_start(self, source: str) -> None:
         try:
-            warm_start(self.net, pretrained_weights(source))
+            self.start_from(pretrained_weights(source))
         except ValueError as error:
             raise ValueError(f"model.warm_start: {error}") from error
         if self.ema is not None:
             self.ema.set(self.net)
+
+    def start_from(self, weights: dict[str, Any]) -> None:
+        """Take what can be taken of the weights of another network."""
+        warm_start(self.net, weights)
 
     def configure_model(self) -> None:
         if self.hparams["compile"]:

@@ -31,7 +31,7 @@ class Classification(Task):
 
     task: ClassVar[str] = "classification"
     monitor: ClassVar[str] = "val_accuracy"
-    averages: ClassVar[tuple[str, ...]] = ("accuracy",)
+    measure: ClassVar[str] = "accuracy"
     data_class: ClassVar[type[ImageData]] = ClassifiedData  # type: ignore[type-abstract]
 
     def __init__(
@@ -82,6 +82,10 @@ class Classification(Task):
         hp = self.hparams
         kwargs = hp["model_kwargs"] or {}
         return create_network(hp["name"], hp["in_chans"], kwargs, num_classes=len(self.class_names))
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        return ("accuracy",)
 
     @property
     def measures(self) -> list[str]:

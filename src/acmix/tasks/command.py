@@ -217,7 +217,7 @@ def _what_is_saved(cli: TrainingCLI, epoch: int | None = None) -> str:
 
 
 def evaluate(cli: TrainingCLI) -> None:
-    """Loss and accuracy of the checkpoint, as a table."""
+    """What is measured of the checkpoint, as a table."""
     run_stage = getattr(cli.trainer, cli.command)
     [metrics] = run_stage(
         cli.model,
@@ -243,11 +243,12 @@ def predict(cli: TrainingCLI) -> None:
         cli.model, datamodule=cli.datamodule, ckpt_path=_checkpoint(cli), weights_only=True
     )
     loader: Any = cli.trainer.predict_dataloaders
-    rows = cli.model.rows(outputs or [], getattr(loader.dataset, "name", str))
+    images = getattr(loader.dataset, "stream", loader.dataset)
+    rows = cli.model.rows(outputs or [], getattr(images, "name", str))
     path = cli.run_folder / "predictions.csv"
     write_csv(path, rows)
     of = "test" if cli.datamodule.test_set() else "held-out"
-    print(f"{len(rows)} {of} images: {path}")
+    print(f"{len(images)} {of} images: {path}")
 
 
 def _checkpoint(cli: TrainingCLI) -> str:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from acmix.tasks.base import Task
 from acmix.tasks.callbacks import History
 
 SECONDS_BETWEEN_UPDATES = 0.25
@@ -19,9 +20,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class TrainingBar(ProgressBar):
     """One bar over all epochs, which Lightning's bars lack; lines where there is no terminal."""
 
-    def __init__(self, history: History, monitor: str) -> None:
+    def __init__(self, history: History, task: type[Task]) -> None:
         super().__init__()
-        self.history, self.monitor = history, monitor
+        self.history, self.task = history, task
         self._console = Console(stderr=True)
         self._enabled = True
         self._updated = self._printed = 0.0
@@ -92,10 +93,10 @@ class TrainingBar(ProgressBar):
 
     def _update(self, trainer: Trainer, loss: float) -> None:
         epochs = trainer.max_epochs or -1
-        measured = trainer.callback_metrics.get(self.monitor)
-        held_out = f"  held-out {float(measured):.1%}" if measured is not None else ""
+        measured = trainer.callback_metrics.get(self.task.monitor)
+        held_out = f"  {self.task.measure} {float(measured):.1%}" if measured is not None else ""
         self._bar.update(
             self._task,
             description=f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else ""),
-            metrics=f"loss {loss:.3f}{held_out}  {self.history.images_per_second:.0f} images/s",
+            metrics=f"loss {loss:.3f}{held_out}  {self.history.images_per_second:.3g} images/s",
         )

@@ -24,9 +24,9 @@ from acmix.tasks.callbacks import History, write_csv
 from acmix.tasks.held_out import HeldOut
 
 FILES = {
-    "loss and accuracy": ["curves.png"],
+    "loss and measure": ["curves.png"],
     "alpha, beta by layer": ["mix.png"],
-    "right and wrong": ["predictions.png", "confusion.png", "classes.png"],
+    "right and wrong": ["predictions.png", "pr_curve.png", "confusion.png", "classes.png"],
     "what it learned from": ["augmented.png"],
     "numbers": ["metrics.csv", "classes.csv", "mix.csv", "summary.json"],
     "checkpoint": ["checkpoints/last.ckpt"],
@@ -50,14 +50,14 @@ def write(run: Path, finished: Finished) -> dict[str, Any]:
 
     Its entry "failed" names the pictures that could not be drawn, if any.
     """
-    _, data, history, held_out, _, _ = finished
+    network, data, history, held_out, _, _ = finished
     summary = summarise(finished)
     path = run / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     for name, rows in held_out.tables(data).items():
         write_csv(run / name, rows)
     pictures: dict[str, Callable[[], Figure]] = {
-        "curves.png": lambda: figures.curves(history.epochs),
+        "curves.png": lambda: figures.curves(history.epochs, network.monitor, network.measure),
         **held_out.pictures(data),
     }
     if history.mix:
@@ -81,6 +81,7 @@ def summarise(finished: Finished) -> dict[str, Any]:
     last = history.epochs[-1] if history.epochs else {}
     return {
         "task": network.task,
+        "measure": {network.measure: last.get(network.monitor)},
         "model": config["model"]["name"],
         "parameters": network.size,
         "classes": data.class_names,
@@ -105,10 +106,11 @@ def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     rows = {
         "network": f"{summary['model']}, {summary['parameters']:,} parameters",
         "training": f"{epochs} in {summary['train_seconds']:.0f} s, "
-        f"{summary['images_per_second']:,.0f} images/s",
+        f"{speed(summary['images_per_second'])}",
     }
-    if "val_accuracy" in summary:
-        rows = {"held-out accuracy": f"{summary['val_accuracy']:.2%}", **rows}
+    [(measure, value)] = summary["measure"].items()
+    if value is not None:
+        rows = {f"held-out {measure}": f"{value:.2%}", **rows}
     for content, files in FILES.items():
         if there := [file for file in files if (run / file).exists()]:
             rows[content] = f"{run}/{', '.join(there)}"
@@ -119,6 +121,11 @@ def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     console.print("\nNext, for example:")
     for command in next_commands(run, summary["config"]["model"]):
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def speed(images_per_second: float) -> str:
+    digits = 0 if images_per_second >= 10 else 2
+    return f"{images_per_second:,.{digits}f} images/s"
 
 
 def next_commands(run: Path, model: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from acmix.tasks.callbacks import (
     WholeFileCheckpointIO,
 )
 from acmix.tasks.classification import Classification
+from acmix.tasks.detection import Detection
 from acmix.tasks.options import (
     check_config,
     check_loggers,
@@ -50,13 +51,13 @@ from acmix.tasks.run_folder import Lock, move_earlier_run, named_folder
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available|torch_xla")
-TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification,)}
+TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification, Detection)}
 
 SUMMARIES = {
     "fit": "train a network; pictures, metrics and checkpoints go into the run folder",
-    "validate": "measure loss and accuracy of a run on its held-out images",
-    "test": "measure loss and accuracy of a run on its test images",
-    "predict": "write the class and confidence of every test image as CSV",
+    "validate": "measure a run on its held-out images",
+    "test": "measure a run on its test images",
+    "predict": "write what is found in every test image as CSV",
     "check": "look at every image that fit would take: counts, sizes, broken and equal files",
 }
 EXAMPLES = {
@@ -161,8 +162,8 @@ class TrainingCLI(LightningCLI):
         )
         whole_numbers_first(parser)
         parser.link_arguments("run", "trainer.default_root_dir")
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
+        for name in self.task.from_data:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         options = [action.dest for action in parser._actions]
@@ -223,6 +224,7 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
+        self.model.look_at(self.datamodule)
         self.datamodule.seed = self.model.seed = int(self.config["seed_everything"])
 
     def save_config(self, path: Path) -> None:
@@ -245,7 +247,7 @@ class TrainingCLI(LightningCLI):
         callbacks.append(StepLog(self.run_folder, self.history, tensorboard))
         own_bar = any(isinstance(of, ProgressBar) for of in given)
         if chosen.enable_progress_bar is not False and not own_bar:
-            callbacks.append(TrainingBar(self.history, self.task.monitor))
+            callbacks.append(TrainingBar(self.history, self.task))
         self.patience = self.last = None
         if patience := self.config["patience"]:
             self.patience = Patience(self.task.monitor, mode="max", patience=patience)
