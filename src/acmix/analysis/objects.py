@@ -26,6 +26,7 @@ NAMED = 10  # boxes of an image: of more the names would hide the image, which t
 MASK = 0.45  # opacity
 SURE = 0.5  # least score of a detection that is shown
 SIDE = 3.1  # inches
+WIDEST = 12.0  # inches, of a picture alone
 LEGEND = 20  # classes in it
 CURVES = 8  # classes with a curve of their own
 
@@ -84,6 +85,19 @@ def predictions(
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def picture(image: np.ndarray, marks: Marks, names: Sequence[str]) -> Figure:
+    """One image (H, W, 3) in [0, 1] with what was found, as large as it is up to a limit."""
+    height, width = image.shape[:2]
+    scale = min(WIDEST, max(4.0, max(height, width) / 110)) / max(height, width)
+    figure = Figure(figsize=(width * scale, height * scale))
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    _draw(axes, image, marks, names, font=8)
+    return figure
+
+
 def _count(marks: Marks) -> str:
     return "1 object" if len(marks.labels) == 1 else f"{len(marks.labels)} objects"
 
@@ -133,7 +147,9 @@ def colour(label: int) -> str:
     return COLOURS[label % len(COLOURS)]
 
 
-def _draw(axes: Axes, picture: np.ndarray, marks: Marks, names: Sequence[str]) -> None:
+def _draw(
+    axes: Axes, picture: np.ndarray, marks: Marks, names: Sequence[str], font: float = 6
+) -> None:
     """The image, masks in it, boxes around, and names and scores where there are few."""
     shown = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, 2)
     if marks.masks is not None:
@@ -155,7 +171,7 @@ def _draw(axes: Axes, picture: np.ndarray, marks: Marks, names: Sequence[str]) -
                 "alpha": 0.85,
             }
             above: Any = {"va": "bottom"} if top > 0.06 * size else {"va": "top"}
-            place_of: Any = {"fontsize": 6, "color": _ink(label), "bbox": frame, **above}
+            place_of: Any = {"fontsize": font, "color": _ink(label), "bbox": frame, **above}
             axes.text(left, max(top, 0), " ".join(words), clip_on=True, **place_of)
     axes.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
 

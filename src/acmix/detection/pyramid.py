@@ -22,7 +22,7 @@ from acmix.detection._torchvision import GeneralizedRCNNTransform
 from acmix.models.features import Features
 
 Norm = Literal["batch", "group", "sync"]
-GROUPS = 32
+LEAST = 8  # channels of a group, which are normalised together
 
 
 class Pyramid(nn.Module):
@@ -86,8 +86,9 @@ def norm_layer(name: Norm | None) -> Callable[..., nn.Module] | None:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Of 32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    """Of 32 groups, or of fewer where these would have less than eight channels each."""
+    groups = (of for of in (32, 16, 8, 4, 2) if channels % of == 0 and channels >= LEAST * of)
+    return nn.GroupNorm(next(groups, 1), channels)
 
 
 def with_norm(net: nn.Module, name: Literal["batch", "frozen", "group", "sync"]) -> nn.Module:

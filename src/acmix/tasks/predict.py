@@ -25,12 +25,17 @@ from torchvision import transforms
 
 from acmix.analysis import figures
 from acmix.analysis.explain import explain
-from acmix.data.files import EXTENSIONS
-from acmix.data.files import find_images as find_files
-from acmix.data.sources import as_rgb, why_unreadable
-from acmix.errors import Parser, UserError, did_you_mean, one_line, printable, user_errors
+from acmix.errors import Parser, UserError, did_you_mean, one_line, user_errors
 from acmix.tasks.base import task_of
 from acmix.tasks.classification import Classification, flipped_logits
+from acmix.tasks.own_images import (
+    checkpoint_of,
+    choose_device,
+    find_images,
+    peek,
+    read_image,
+    task_of_network,
+)
 from acmix.tasks.run_folder import nearest_run
 
 FAR = -1e6
@@ -65,7 +70,15 @@ class Classifier(NamedTuple):
 
 
 def run(args: list[str]) -> None:
-    """Print the classes of images as they come; with `--explain`, save pictures too."""
+    """Print the classes of images as they come; with `--explain`, save pictures too.
+
+    What a network of another task finds goes into files: see `predict_objects`.
+    """
+    if args and task_of_network(args[0]) == "detection":
+        from acmix.tasks import predict_objects
+
+        predict_objects.run(args)
+        return
     options = _parser().parse_args(args)
     check_options(options)
     with user_errors(ValueError, OSError, torch.OutOfMemoryError):
@@ -133,16 +146,6 @@ def _parser() -> Parser:
     return parser
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device; by default a GPU if there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: expected one that is there, got {name}") from error
-
-
 def load(network: str, weights: str | None = None, classes: str | None = None) -> Classifier:
     """The network of a run folder or checkpoint, or timm's of this name with weights from a file.
 
@@ -151,9 +154,7 @@ def load(network: str, weights: str | None = None, classes: str | None = None) -
     """
     path = Path(network)
     if network and path.exists():
-        checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-        if not checkpoint.is_file():
-            raise UserError(f"{path} is no run folder: no {checkpoint}")
+        checkpoint = checkpoint_of(path)
         if weights or classes:
             raise UserError("--weights, --classes: expected with a model of timm, not a checkpoint")
         return load_checkpoint(checkpoint)
@@ -195,7 +196,7 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
     try:  # timm reads safetensors, and pickles with weights_only
         net = timm.create_model(name, checkpoint_path=str(weights), **options).eval()
     except Exception as error:
-        if is_checkpoint(weights):
+        if peek(weights):
             raise UserError(
                 f"--weights: {weights} is a checkpoint of acmix fit: acmix predict {weights} IMAGES"
             ) from error
@@ -211,44 +212,6 @@ def load_timm(name: str, weights: Path, classes: Path | None) -> Classifier:
     )
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint of `acmix fit`."""
-    try:
-        return "hyper_parameters" in torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )
-    except Exception:  # of a file that is no checkpoint, torch.load raises anything
-        return False
-
-
-def find_images(given: Sequence[str]) -> list[Path]:
-    """Files of these names, and the images in folders of these names."""
-    paths: list[Path] = []
-    for name in given:
-        path = Path(name)
-        if not name.strip() or not path.exists():
-            raise UserError(f"expected an image or a folder of images, got no such file: {name!r}")
-        if path.is_dir():
-            paths += images_in(path)
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(
-                f"expected an image or a folder of images, got {name}, a pipe or device"
-            )
-    return paths
-
-
-def images_in(folder: Path) -> list[Path]:
-    found = find_files(folder)
-    if not found.images:
-        why = found.remark() or f"looked for {' '.join(EXTENSIONS)}"
-        raise UserError(f"{folder}: expected images, found none ({why})")
-    if remark := found.remark():
-        print(f"{folder}: {remark}", file=sys.stderr)
-    return [Path(image) for image in found.images]
-
-
 def open_image(path: Path, classifier: Classifier) -> Image.Image:
     """The image, in as many channels as the network takes.
 
@@ -258,13 +221,7 @@ def open_image(path: Path, classifier: Classifier) -> Image.Image:
     channels = classifier.channels
     if channels not in (1, 3):
         raise UserError(f"expected a network for images of 1 or 3 channels, got {channels}")
-    try:
-        if not path.is_file():
-            raise ValueError("no file")
-        with Image.open(path) as image:
-            colours = as_rgb(image, classifier.input_config.get("background", "white"))
-    except Exception as error:  # of a broken file, Pillow raises anything
-        raise ValueError(f"cannot read {printable(str(path))}: {why_unreadable(error)}") from error
+    colours = read_image(path, classifier.input_config.get("background", "white"))
     return colours if channels == 3 else colours.convert("L")
 
 
