@@ -14,7 +14,8 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"surgery", "analysis", "data", "detection", "segmentation"},
+    {"detection", "segmentation"},
+    {"surgery", "analysis", "data"},
     {"tasks"},
     {"cli"},
 ]

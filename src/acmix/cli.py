@@ -53,6 +53,7 @@ COSTS_EXAMPLES = """\
   acmix analyze costs
   acmix analyze costs resnet50_acmix resnet50_conv --stages
   acmix analyze costs swin_tiny_acmix --size 800x1333 --format csv
+  acmix analyze costs pvt_tiny_attn pvt_tiny_acmix --task detection --detector retinanet
 """
 
 TRAIN_PACKAGES = {
@@ -201,11 +202,38 @@ def analyze_costs(args: list[str]) -> None:
         "--stages", action="store_true", help="by stage: supplementary Table 1 and main Table 1"
     )
     parser.add_argument("--format", choices=costs.FORMATS, default="table", help="table by default")
+    parser.add_argument(
+        "--task",
+        choices=("classification", "detection"),
+        default="classification",
+        help="a whole detector of 80 classes on the network; classification by default",
+    )
+    parser.add_argument("--detector", default="retinanet", help="retinanet by default")
     options = parser.parse_intermixed_args(args)
+    if options.task != "classification":
+        print(analyze_whole(options), end="")
+        return
     default = costs.PUBLISHED_STAGES if options.stages else costs.PUBLISHED
     with user_errors(ValueError):
         found = [costs.network_costs(name, options.size) for name in options.models or default]
     print(costs.report(found, options.stages, options.format), end="")
+
+
+def analyze_whole(options: argparse.Namespace) -> str:
+    """The table of networks with a detector on them."""
+    from acmix.analysis import whole_costs as whole
+    from acmix.detection import DETECTORS
+
+    if options.detector not in DETECTORS:
+        known = f"{did_you_mean(options.detector, DETECTORS)} (known: {', '.join(DETECTORS)})"
+        raise UserError(f"--detector: unknown {options.detector!r}{known}")
+    if options.stages:
+        raise UserError("--stages: expected with --task classification")
+    size = options.size or whole.SIZES[options.task]
+    names = options.models or whole.DEFAULTS[options.task]
+    with user_errors(ValueError):
+        found = [whole.detector_costs(name, options.detector, size) for name in names]
+    return whole.report(found, options.format)
 
 
 def image_size(text: str) -> tuple[int, int]:

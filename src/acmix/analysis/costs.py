@@ -514,22 +514,28 @@ def report(found: Sequence[Costs], stages: bool = False, output_format: str = "t
     check_choice("format", output_format, FORMATS)
     main = stages_table(found) if stages else totals_table(found)
     if output_format == "csv":
-        return _csv(main, found, stages)
-    tables = [main, modules_table()] if stages else [main]
-    render = _markdown if output_format == "markdown" else _rich
-    texts = [render(table) for table in tables]
-    bullets = "\n".join(f"- {note}." for note in notes(found, stages))
+        return as_csv(main, [notes([one], stages) for one in found])
+    text = as_text(main, notes(found, stages), output_format)
     if stages:
-        texts[1] += "\nMain Table 1, for C = 256, k_a = 7, k_c = 3, N = 4, without biases.\n"
-    return "\n".join([texts[0], bullets, *([""] if stages else []), *texts[1:]]).rstrip() + "\n"
+        text += "\n" + as_text(modules_table(), [], output_format)
+        text += "Main Table 1, for C = 256, k_a = 7, k_c = 3, N = 4, without biases.\n"
+    return text
 
 
-def _csv(rows: Rows, found: Sequence[Costs], stages: bool) -> str:
+def as_text(rows: Rows, said: Sequence[str], output_format: str) -> str:
+    """A table of a header and rows, and below it what its numbers hold."""
+    render = _markdown if output_format == "markdown" else _rich
+    bullets = "".join(f"- {note}.\n" for note in said)
+    return f"{render(rows)}\n{bullets}"
+
+
+def as_csv(rows: Rows, said: Sequence[Sequence[str]]) -> str:
+    """The same as CSV, with what is said of each row in its last column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_unique(rows[0]), "note"])
-    for row, one in zip(rows[1:], found, strict=True):
-        writer.writerow([*row, "; ".join(notes([one], stages))])
+    for row, of_row in zip(rows[1:], said, strict=True):
+        writer.writerow([*row, "; ".join(of_row)])
     return out.getvalue()
 
 
