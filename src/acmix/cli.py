@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 # What takes long to import (torch, rich, timm) is imported where it is used: help is immediate, and
 # Ctrl-C while it loads stops in one line.
-from acmix.errors import Parser, UserError, did_you_mean, user_errors
+from acmix.errors import Parser, UserError, did_you_mean, image_size, user_errors
 
 HELP = """\
 usage: acmix COMMAND [options]
@@ -25,6 +25,7 @@ commands:
   predict   the likeliest classes of images, and what the network looked at
   ablate    train the variants of the operator side by side: accuracy and speed
   analyze   parameters and multiply-adds of networks, beside the published ones
+  bench     latency, images/s and memory of networks and detectors, side by side
 
 options:
   -h, --help  this text; `acmix COMMAND --help` for the options of a command
@@ -39,6 +40,7 @@ examples:
   acmix predict runs/mine cat.jpg --explain cat
   acmix ablate paths --config recipes/digits.yaml
   acmix analyze costs resnet50_acmix resnet50_conv --stages
+  acmix bench resnet50_conv resnet50_acmix
 """
 
 ANALYZE_HELP = """\
@@ -101,10 +103,14 @@ def _dispatch(args: list[str], debug: bool) -> int:
         info(args[1:])
     elif command == "analyze":
         analyze(args[1:])
+    elif command == "bench":
+        from acmix.analysis import bench_command
+
+        bench_command.run(args[1:])
     elif command in TRAINING:
         _train(command, args[1:], debug)
     else:
-        known = ("info", "analyze", *TRAINING)
+        known = ("info", "analyze", "bench", *TRAINING)
         raise UserError(f"unknown command{did_you_mean(command, known)} (acmix --help lists all)")
     return 0
 
@@ -234,14 +240,6 @@ def analyze_whole(options: argparse.Namespace) -> str:
     with user_errors(ValueError):
         found = [whole.detector_costs(name, options.detector, size) for name in names]
     return whole.report(found, options.format)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """S or HEIGHTxWIDTH, in pixels."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH in pixels, got {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 if __name__ == "__main__":

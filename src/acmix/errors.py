@@ -37,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An option's value, S or HEIGHTxWIDTH, in pixels."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected S or HEIGHTxWIDTH in pixels, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of these kinds into a `UserError` of one line."""

@@ -24,6 +24,7 @@ import acmix.models  # noqa: F401  registers our networks with timm
 from acmix.data import ImageData
 from acmix.data.loading import seed_generators
 from acmix.errors import did_you_mean, few, one_line
+from acmix.models._layout import is_convolutional
 from acmix.ranges import (
     Count,
     NonNegative,
@@ -467,16 +468,6 @@ def pretrained_weights(source: str) -> dict[str, Any]:
         if ours:
             return {key.removeprefix(prefix): value for key, value in ours.items()}
     return weights
-
-
-def is_convolutional(net: nn.Module) -> bool:
-    """Whether less than half of the weights, the head aside, are those of linear layers."""
-    linear = sum(
-        layer.weight.numel()
-        for layer in net.modules()
-        if isinstance(layer, nn.Linear) and layer.out_features != getattr(net, "num_classes", 0)
-    )
-    return 2 * linear < sum(weight.numel() for weight in net.parameters())
 
 
 def check_known(option: str, name: str, known: Iterable[str]) -> None:
