@@ -3,5 +3,6 @@
 from acmix.data.base import ClassifiedData, DetectionData, ImageData
 from acmix.data.digits import Digits
 from acmix.data.images import Images
+from acmix.data.objects import Objects
 
-__all__ = ["ClassifiedData", "DetectionData", "Digits", "ImageData", "Images"]
+__all__ = ["ClassifiedData", "DetectionData", "Digits", "ImageData", "Images", "Objects"]

@@ -9,7 +9,7 @@ divided among processes. So a position within an epoch is all that a checkpoint 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ def make_loader(
 
     Args:
         dataset: Draws randomness from the global CPU generators of Python, NumPy and PyTorch only.
+            Where it has `groups`, a number for each image, training batches are of one group.
         batch_size: Images a step of one process.
         num_workers: Processes that load images; 0 loads in the calling process.
         train: Shuffled and augmented anew every epoch, full batches only (one smaller batch where
@@ -61,7 +62,8 @@ def make_loader(
         "generator": torch.Generator(),  # else it draws a number from the global one
     }
     if train:
-        order = EpochOrder(size, batch_size, seed=seed, rank=rank, world_size=world_size)
+        groups = getattr(dataset, "groups", None)
+        order = EpochOrder(size, batch_size, groups, seed=seed, rank=rank, world_size=world_size)
         return TrainLoader(dataset, order, collate, **options)
     share = range(rank, size, world_size)
     batch_size = even_batch_size(size, batch_size, world_size)
@@ -87,9 +89,17 @@ class EpochOrder(Sampler[Keys]):
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        groups: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.groups = None if groups is None else np.asarray(groups)
         self.batch_size = min(batch_size, size // world_size)
         self.epoch = self.start = 0
 
@@ -103,11 +113,34 @@ class EpochOrder(Sampler[Keys]):
 
     def __iter__(self) -> Iterator[Keys]:
         epoch, start, self.start = self.epoch, self.start, 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.size)
+        if self.groups is not None:
+            order = self._grouped(order, self.groups[order], generator)
         share = order[self.rank :: self.world_size].tolist()
         for batch in range(start, len(self)):
             first = batch * self.batch_size
             yield [(epoch, index) for index in share[first : first + self.batch_size]]
+
+    def _grouped(
+        self, order: np.ndarray, groups: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        """The order in which the batches of all processes together are of one group each.
+
+        What the groups leave over makes the last batches, which are mixed; then all are shuffled.
+        """
+        together = self.batch_size * self.world_size
+        whole, over = [], []
+        for group in np.unique(groups):
+            members = order[groups == group]
+            full = len(members) // together * together
+            whole += list(members[:full].reshape(-1, together))
+            over.append(members[full:])
+        rest = np.concatenate(over)
+        full = len(rest) // together * together
+        whole += list(rest[:full].reshape(-1, together))
+        generator.shuffle(whole)
+        return np.concatenate([*whole, rest[full:]])
 
 
 class TrainLoader(DataLoader[Any]):

@@ -1,0 +1,139 @@
+"""Objects in COCO's form: one JSON file a part, with images, categories and annotations.
+
+https://cocodataset.org/#format-data
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from acmix.data.records import (
+    Annotations,
+    Object,
+    Record,
+    checked_box,
+    checked_polygons,
+    checked_run_lengths,
+)
+from acmix.errors import printable
+
+
+def read_coco(file: Path, folders: list[Path]) -> Annotations:
+    """The objects of a file, whose images lie in one of the folders.
+
+    Raises:
+        ValueError: If the file is not of this form; what is wrong in a record is a fault.
+    """
+    content = load(file)
+    names = categories_of(content["categories"], file)
+    found = Annotations([*names.values()], [*names])
+    images = images_of(content["images"], file, folders, found)
+    places = {number: place for place, number in enumerate(names)}
+    for row in content["annotations"]:
+        where = f"{file}, annotation {row.get('id', '?') if isinstance(row, dict) else row!r}"
+        try:
+            record = images[row["image_id"]]
+            if record is not None:  # whose image is a fault already
+                record.objects.append(object_of(row, record, places))
+        except KeyError as error:
+            found.fault(where, _missing(error, row))
+        except (ValueError, TypeError) as error:
+            found.fault(where, str(error))
+    found.records += [record for record in images.values() if record is not None]
+    return found
+
+
+def load(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as text:
+            content = json.load(text)
+    except OSError as error:
+        raise ValueError(f"data.source: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"data.source: cannot read {file}: no JSON ({error})") from error
+    needed = ("images", "annotations", "categories")
+    content = content if isinstance(content, dict) else {}
+    missing = [key for key in needed if not isinstance(content.get(key), list)]
+    if missing:
+        raise ValueError(f"data.source: expected a list {missing[0]} in {file}, got none")
+    return content
+
+
+def categories_of(rows: list[Any], file: Path) -> dict[int, str]:
+    """Names by number, in the order of the numbers."""
+    try:
+        names = {int(row["id"]): str(row["name"]) for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data.source: expected categories with id and name in {file}") from error
+    if len(names) < len(rows) or len(set(names.values())) < len(names):
+        raise ValueError(f"data.source: expected each category once in {file}, got some twice")
+    return dict(sorted(names.items()))
+
+
+def images_of(
+    rows: list[Any], file: Path, folders: list[Path], found: Annotations
+) -> dict[Any, Record | None]:
+    """Records by the image's id; None for an image that cannot be had."""
+    images: dict[Any, Record | None] = {}
+    for number, row in enumerate(rows):
+        try:
+            key, name = row["id"], str(row["file_name"])
+            size = (int(row["width"]), int(row["height"]))
+        except (KeyError, TypeError, ValueError) as error:
+            found.fault(f"{file}, image {number}", f"expected id, file_name and size: {error}")
+            continue
+        if key in images:
+            found.fault(f"{file}, image {key}", "the id of another image")
+            continue
+        places = (os.path.join(folder, name) for folder in folders)
+        path = next((place for place in places if os.path.isfile(place)), "")
+        if not path or min(size) < 1:
+            what = f"no file {printable(name)}" if not path else f"expected a size, got {size}"
+            found.fault(f"{file}, image {key}", what)
+            images[key] = None
+            continue
+        images[key] = Record(path, key if isinstance(key, int) else number, size, [])
+    return images
+
+
+def object_of(row: dict[str, Any], record: Record, places: dict[int, int]) -> Object:
+    left, top, width, height = row["bbox"]
+    box = checked_box((left, top, left + width, top + height), record.size)
+    category = row["category_id"]
+    if category not in places:
+        raise ValueError(f"category_id {category!r} is not among the categories")
+    mask = row.get("segmentation") or None
+    if isinstance(mask, dict):
+        mask = checked_run_lengths(mask, record.size)
+    elif mask is not None:
+        mask = checked_polygons(mask)
+    area = row.get("area") or (box[2] - box[0]) * (box[3] - box[1])
+    return Object(places[category], box, float(area), bool(row.get("iscrowd", 0)), mask)
+
+
+def _missing(error: KeyError, row: Any) -> str:
+    [key] = error.args
+    if isinstance(row, dict) and "image_id" in row and key == row["image_id"]:
+        return f"image_id {key!r} is not among the images"
+    return f"expected {key}, got none"
+
+
+def part_files(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
+    """JSON files that look like those of a part, the likeliest first."""
+    folders = (root / "annotations", root)
+    there = [file for folder in folders for file in sorted(folder.glob("*.json"))]
+    for name in names:
+        stems = [file for file in there if name in file.stem.rstrip("0123456789").split("_")]
+        yield from sorted(stems, key=lambda file: not file.stem.startswith("instances"))
+
+
+def image_folders(root: Path, file: Path) -> list[Path]:
+    """Where the images of a file may lie."""
+    part = file.stem.rpartition("_")[2]
+    plain = part.rstrip("0123456789")
+    names = ("images", part, plain, f"images/{part}", f"images/{plain}", "")
+    return [root / name for name in dict.fromkeys(names) if (root / name).is_dir()]

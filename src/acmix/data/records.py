@@ -1,0 +1,146 @@
+"""What is known of the objects in images, in whatever form it came, and what is wrong in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from faster_coco_eval.core import mask as coco_mask
+
+from acmix.errors import printable
+
+LEEWAY = 2.0  # pixels by which rounding may bring a box out of its image
+
+
+class Object(NamedTuple):
+    """One object. box: left, top, right, bottom in pixels. ignored: crowds and the like.
+
+    mask: polygons as arrays of x, y, x, y, ..., or run lengths in COCO's form; None without one.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    area: float
+    ignored: bool = False
+    mask: tuple[np.ndarray, ...] | dict[str, Any] | None = None
+
+
+class Record(NamedTuple):
+    """An image file, its width and height, and what is in it."""
+
+    path: str
+    number: int
+    size: tuple[int, int]
+    objects: list[Object]
+
+
+@dataclass
+class Annotations:
+    """Of one part of the data: images, and the faults of what is not among them.
+
+    category_ids: of the classes, in the file's own numbers.
+    """
+
+    class_names: list[str]
+    category_ids: list[int]
+    records: list[Record] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, where: str | Path, what: str) -> None:
+        self.faults.append(f"{printable(str(where))}: {what}")
+
+
+def checked_box(numbers: Sequence[Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) within an image of (width, height).
+
+    Raises:
+        ValueError: If it is no box, empty, or not within the image; says why.
+    """
+    try:
+        left, top, right, bottom = (float(number) for number in numbers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected four numbers of a box, got {numbers!r}") from error
+    box = (left, top, right, bottom)
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"expected a box of finite numbers, got {_words(box)}")
+    if box == (0, 0, 0, 0):
+        raise ValueError("a box of zeros; an image without objects has no box at all")
+    if right <= left or bottom <= top:
+        raise ValueError(f"expected right > left and bottom > top, got the box {_words(box)}")
+    width, height = size
+    out = max(-left, -top, right - width, bottom - height)
+    if out > LEEWAY:
+        raise ValueError(f"the box {_words(box)} leaves its image of {width}x{height}")
+    return max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+
+
+def _words(box: Sequence[float]) -> str:
+    return "({})".format(", ".join(f"{side:g}" for side in box))
+
+
+def checked_polygons(polygons: Iterable[Any]) -> tuple[np.ndarray, ...]:
+    """Arrays of x, y, x, y, ...
+
+    Raises:
+        ValueError: If one has fewer than three points, or what is no number.
+    """
+    arrays = []
+    for polygon in polygons:
+        try:
+            array = np.asarray(polygon, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError("expected polygons of numbers, got something else") from error
+        if array.ndim != 1 or len(array) < 6 or len(array) % 2:
+            raise ValueError(
+                f"expected a polygon of three points or more, got {array.size} numbers"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError("expected a polygon of finite numbers, got NaN or infinity")
+        arrays.append(array)
+    return tuple(arrays)
+
+
+def checked_run_lengths(code: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths in COCO's form.
+
+    Raises:
+        ValueError: If they are of another size than the image, or none.
+    """
+    width, height = size
+    if list(code.get("size", ())) != [height, width]:
+        raise ValueError(
+            f"the mask has size {code.get('size')} (height, width), its image {[height, width]}"
+        )
+    counts = code.get("counts")
+    if isinstance(counts, list):
+        if sum(counts) != width * height or min(counts, default=0) < 0:
+            raise ValueError(f"the runs of the mask sum to {sum(counts)}, not {width * height}")
+        return {"size": [height, width], "counts": np.asarray(counts, dtype=np.uint32)}
+    if not isinstance(counts, str | bytes):
+        raise ValueError(f"expected run lengths, got counts of {type(counts).__name__}")
+    return {"size": [height, width], "counts": counts}
+
+
+def decode(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) of 0 and 1.
+
+    Raises:
+        ValueError: If it cannot be decoded.
+    """
+    width, height = size
+    try:
+        if isinstance(mask, dict):
+            code = mask
+            if not isinstance(code["counts"], str | bytes):
+                whole = {"size": code["size"], "counts": code["counts"].tolist()}
+                code = coco_mask.frPyObjects(whole, height, width)
+        else:
+            polygons = [polygon.tolist() for polygon in mask]
+            code = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        return coco_mask.decode(code)
+    except Exception as error:  # of a broken code, its decoder raises anything
+        raise ValueError(f"a mask cannot be decoded: {error}") from error

@@ -1,0 +1,128 @@
+"""Objects in YOLO's form: data.yaml names the classes and the folders of images.
+
+Beside images/ lies labels/ with a text file an image: a row an object, its class and box, or its
+class and polygon, as parts of the image.
+
+https://docs.ultralytics.com/datasets/detect/
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from acmix.data.files import find_images
+from acmix.data.records import Annotations, Object, Record, checked_box
+from acmix.data.sources import why_unreadable
+
+FILES = ("data.yaml", "dataset.yaml", "data.yml")
+
+
+def yolo_file(source: Path) -> Path | None:
+    """The file that describes the data, in a folder or itself."""
+    if source.suffix in (".yaml", ".yml") and source.is_file():
+        return source
+    return next((source / name for name in FILES if (source / name).is_file()), None)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The description, with the names of the classes in order.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"data.source: cannot read {file}: no YAML") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(
+            f"data.source: expected names of classes, a list or numbered from 0, in {file}"
+        )
+    return {**content, "names": [str(name) for name in names]}
+
+
+def read_yolo(file: Path, content: dict[str, Any], part: str) -> Annotations:
+    """The objects of a part that the file names.
+
+    Raises:
+        ValueError: If its images are not there; what is wrong in a row is a fault.
+    """
+    names = content["names"]
+    found = Annotations(names, list(range(1, len(names) + 1)))
+    for number, path in enumerate(images_of(file, content, part)):
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except Exception as error:  # of a broken file, Pillow raises anything
+            found.fault(path, why_unreadable(error))
+            continue
+        record = Record(str(path), number, size, [])
+        labels = labels_of(path)
+        if os.path.isfile(labels):
+            read_rows(labels, record, found)
+        found.records.append(record)
+    return found
+
+
+def images_of(file: Path, content: dict[str, Any], part: str) -> list[str]:
+    given = content[part] if isinstance(content[part], list) else [content[part]]
+    root = file.parent / str(content.get("path") or "")
+    paths: list[str] = []
+    for name in map(str, given):
+        # Some exports name train/images, which lies beside the file, as ../train/images.
+        places = (root / name, file.parent / name, file.parent / name.removeprefix("../"))
+        place = next((place for place in places if place.exists()), None)
+        if place is None:
+            raise ValueError(f"data.source: {file} names {part}: {name}, which is not there")
+        if place.is_dir():
+            paths += find_images(place).images
+        else:
+            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+            paths += [line if os.path.isabs(line) else str(place.parent / line) for line in lines]
+    return paths
+
+
+def labels_of(image: str) -> str:
+    """images/ABOVE/NAME.jpg -> labels/ABOVE/NAME.txt, of the last folder of that name."""
+    before, separator, after = image.rpartition(f"{os.sep}images{os.sep}")
+    moved = f"{before}{os.sep}labels{os.sep}{after}" if separator else image
+    return f"{os.path.splitext(moved)[0]}.txt"
+
+
+def read_rows(file: str, record: Record, found: Annotations) -> None:
+    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record.objects.append(object_of(line, record.size, len(found.class_names)))
+        except ValueError as error:
+            found.fault(f"{file}, line {number}", str(error))
+
+
+def object_of(line: str, size: tuple[int, int], classes: int) -> Object:
+    try:
+        label, *parts = (float(word) for word in line.split())
+    except ValueError as error:
+        raise ValueError(f"expected numbers, got {line[:40]!r}") from error
+    if label != int(label) or not 0 <= label < classes:
+        raise ValueError(f"class {label:g} is not among the {classes} classes, from 0")
+    if len(parts) == 4:
+        centre, half = np.array(parts[:2]), np.array(parts[2:]) / 2
+        corners = np.concatenate([centre - half, centre + half]) * [*size, *size]
+        box, mask = checked_box(corners.tolist(), size), None
+    elif len(parts) >= 6 and len(parts) % 2 == 0:
+        points = np.array(parts, dtype=np.float32).reshape(-1, 2) * size
+        box = checked_box((*points.min(0).tolist(), *points.max(0).tolist()), size)
+        mask = (points.astype(np.float32).ravel(),)
+    else:
+        raise ValueError(f"expected a class and 4 numbers, or 6 and more, got {line[:40]!r}")
+    return Object(int(label), box, (box[2] - box[0]) * (box[3] - box[1]), False, mask)
