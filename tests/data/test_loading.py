@@ -37,6 +37,43 @@ def epochs(loader, number=2):
     return found
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("size", [7, 20, 41])
+def test_batches_are_of_one_group(size, world_size):
+    """But for what the groups leave over; every image at most once, and the same number of them."""
+    groups = [index % 3 == 0 for index in range(size)]
+    for epoch in (0, 1):
+        orders = [
+            EpochOrder(size, 3, groups, seed=5, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        for order in orders:
+            order.set_epoch(epoch)
+        together = [
+            [key for batch in batches for _, key in batch] for batches in zip(*orders, strict=True)
+        ]
+        plain = EpochOrder(size, 3, seed=5, world_size=world_size)
+        assert len(together) == len(plain)
+        seen = [key for batch in together for key in batch]
+        assert len(set(seen)) == len(seen) == len(plain) * 3 * world_size
+        mixed = [batch for batch in together if len({groups[key] for key in batch}) > 1]
+        assert len(mixed) <= 1
+
+
+def test_a_grouped_order_follows_from_seed_and_epoch():
+    groups = [index % 2 for index in range(20)]
+
+    def keys(epoch, start=0, seed=0):
+        order = EpochOrder(20, 4, groups, seed=seed)
+        order.epoch, order.start = epoch, start
+        return list(order)
+
+    assert keys(1) == keys(1)
+    assert keys(1)[2:] == keys(1, start=2)
+    assert keys(1) != [[(1, key) for _, key in batch] for batch in keys(0)]
+    assert keys(1) != keys(1, seed=1)
+
+
 def assert_same(one, two):
     assert len(one) == len(two)
     for (images, classes), (others, other_classes) in zip(one, two, strict=True):
