@@ -1,6 +1,5 @@
 """What is not public in torchvision's detectors; tests/detection/test_torchvision.py holds it."""
 
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.roi_heads import (
     RoIHeads,
@@ -11,7 +10,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 __all__ = [
     "GeneralizedRCNNTransform",
-    "Matcher",
     "RoIHeads",
     "maskrcnn_inference",
     "maskrcnn_loss",

@@ -7,17 +7,17 @@ extension to masks, "Cascade R-CNN: High Quality Object Detection and Instance S
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.boxes import clip_boxes_to_image, remove_small_boxes
 
 from acmix.detection._torchvision import RoIHeads, maskrcnn_inference, maskrcnn_loss
-from acmix.detection.heads import SIDE, Heads
+from acmix.detection.heads import Heads
 
 IOUS = (0.5, 0.6, 0.7)
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
@@ -52,7 +52,6 @@ class CascadeHeads(nn.Module):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
-        maps: Sequence[str] = ("0", "1", "2", "3"),
     ) -> None:
         """Build the stages.
 
@@ -63,18 +62,15 @@ class CascadeHeads(nn.Module):
             score_threshold: Least score of a detection.
             nms_threshold: Most overlap of two detections of a class.
             max_detections: Of an image.
-            maps: Of the pyramid that are pooled from.
         """
         super().__init__()
         self.num_classes = heads.num_classes
         self.class_agnostic = class_agnostic
         self.box_loss = box_loss
         self.has_masks = heads.masks
-        pool = MultiScaleRoIAlign(maps, output_size=SIDE, sampling_ratio=2)
-        mask_pool = MultiScaleRoIAlign(maps, output_size=2 * SIDE, sampling_ratio=2)
         self.stages = nn.ModuleList(
             RoIHeads(
-                pool,
+                heads.box_pool(),
                 heads.box_head(),
                 heads.box_predictor(class_agnostic),
                 fg_iou_thresh=iou,
@@ -85,7 +81,7 @@ class CascadeHeads(nn.Module):
                 score_thresh=score_threshold,
                 nms_thresh=nms_threshold,
                 detections_per_img=max_detections,
-                mask_roi_pool=mask_pool if heads.masks else None,
+                mask_roi_pool=heads.mask_pool(),
                 mask_head=heads.mask_head(),
                 mask_predictor=heads.mask_predictor(),
             )
@@ -111,7 +107,7 @@ class CascadeHeads(nn.Module):
         for number, (stage, weight) in enumerate(zip(self.stages, LOSS_WEIGHTS, strict=True), 1):
             samples = Samples(*stage.select_training_samples(boxes, targets))  # type: ignore[operator]
             logits, codes = outputs(stage, features, samples.boxes, shapes)
-            yield f"class_{number}", weight * F.cross_entropy(logits, torch.cat(samples.labels))
+            yield f"class_{number}", weight * class_loss(logits, torch.cat(samples.labels))
             yield f"box_{number}", weight * self._box_loss(stage, codes, samples, targets)
             if self.has_masks:
                 yield (
@@ -132,8 +128,7 @@ class CascadeHeads(nn.Module):
         """Over the boxes that have an object, divided by all boxes."""
         labels = torch.cat(samples.labels)
         rows = torch.where(labels > 0)[0]
-        found = codes.view(len(codes), -1, 4)
-        found = found[rows, 0 if self.class_agnostic else labels[rows]]
+        found = self._of_classes(codes[rows], labels[rows])
         if self.box_loss == "smooth_l1":
             wanted = torch.cat(samples.codes)[rows]
             return F.smooth_l1_loss(found, wanted, reduction="sum") / max(1, len(labels))
@@ -155,11 +150,17 @@ class CascadeHeads(nn.Module):
         shapes: Shapes,
     ) -> list[Tensor]:
         """Boxes (N, 4) of each image after a stage, moved as it moves objects of `labels`."""
-        decoded = stage.box_coder.decode(codes, boxes)  # type: ignore[union-attr, operator]
-        places = torch.zeros_like(labels) if self.class_agnostic else labels
-        moved = decoded[torch.arange(len(decoded), device=decoded.device), places]
+        codes = self._of_classes(codes, labels)
+        moved = stage.box_coder.decode_single(codes, torch.cat(boxes))  # type: ignore[union-attr, operator]
         parts = moved.split([len(of) for of in boxes])
         return [clip_boxes_to_image(of, shape) for of, shape in zip(parts, shapes, strict=True)]
+
+    def _of_classes(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Codes (N, 4) of each box for its class."""
+        if self.class_agnostic:
+            return codes
+        rows = torch.arange(len(codes), device=codes.device)
+        return codes.unflatten(1, (-1, 4))[rows, labels]
 
     def _detections(
         self, features: dict[str, Tensor], boxes: list[Tensor], shapes: Shapes
@@ -207,6 +208,11 @@ def outputs(
     return stage.box_predictor(stage.box_head(pooled))  # type: ignore[operator]
 
 
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the boxes; 0 where there are none."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
 def mask_logits(
     stage: nn.Module, features: dict[str, Tensor], boxes: list[Tensor], shapes: Shapes
 ) -> Tensor:
@@ -242,6 +248,6 @@ def without_objects(refined: Tensor, sampled: Tensor, objects: Tensor) -> Tensor
 
     Every stage adds the objects to its proposals; what it made of them is no proposal.
     """
-    is_object = (sampled[:, None] == objects[None]).all(2).any(1)
+    is_object = (sampled[:, None] == objects.to(sampled.dtype)[None]).all(2).any(1)
     refined = refined[~is_object]
     return refined[remove_small_boxes(refined, 1e-2)]

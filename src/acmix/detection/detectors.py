@@ -9,17 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from acmix.detection._torchvision import set_box_loss
 from acmix.detection.cascade import BoxLoss, CascadeHeads
 from acmix.detection.heads import BoxHead, Heads
-from acmix.detection.pyramid import Norm, Pyramid, Resize, batch_norms, norm_layer, with_norm
+from acmix.detection.pyramid import (
+    Norm,
+    Pyramid,
+    Resize,
+    at_least_float32,
+    batch_norms,
+    norm_layer,
+    with_norm,
+)
 from acmix.models.features import Features, create_features
+from acmix.ops._checks import check_choice
 
 DetectorName = Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
 DETECTORS: tuple[str, ...] = get_args(DetectorName)
@@ -27,6 +40,8 @@ BackboneNorm = Literal["batch", "frozen", "group", "sync"]
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet's anchors of a level
+# What gives scores, boxes and masks.
+PREDICTORS = (RetinaNetHead, RPNHead, FastRCNNPredictor, MaskRCNNPredictor)
 
 
 class Detector(nn.Module):
@@ -41,6 +56,9 @@ class Detector(nn.Module):
         """model: of torchvision; background: whether its class 0 is that."""
         super().__init__()
         self.model = model
+        for module in model.modules():
+            if isinstance(module, PREDICTORS):
+                module.register_forward_hook(widen)
         self.first = int(background)
         self.frozen_norms = frozen_norms
         if frozen_norms:
@@ -119,7 +137,8 @@ def create_detector(
             more sizes each.
         aspect_ratios: Height over width of the anchors.
         box_head: Two linear layers, or four convolutions and one.
-        box_loss: smooth_l1 or giou, of RetinaNet and the cascades; their papers' by default.
+        box_loss: smooth_l1 or giou, of RetinaNet and the cascades; by default L1 of RetinaNet, as
+            in torchvision, and smooth_l1 of the cascades.
         class_agnostic: Whether a cascade moves boxes alike for every class.
         score_threshold: Least score of a detection.
         nms_threshold: Most overlap (IoU) of two detections of a class.
@@ -128,12 +147,17 @@ def create_detector(
     Raises:
         ValueError: For an option that the detector does not have.
     """
-    if len(anchor_sizes) != len(SIZES):
-        raise ValueError(
-            f"anchor_sizes: expected {len(SIZES)}, one a level, got {len(anchor_sizes)}"
-        )
-    if box_loss is not None and detector in ("faster_rcnn", "mask_rcnn"):
-        raise ValueError(f"box_loss: expected none with {detector}, got {box_loss}")
+    choices = {
+        "detector": (detector, DETECTORS),
+        "backbone_norm": (backbone_norm, get_args(BackboneNorm)),
+        "head_norm": (head_norm, get_args(Norm)),
+        "box_head": (box_head, get_args(BoxHead)),
+        "box_loss": (box_loss, get_args(BoxLoss)),
+    }
+    for option, (value, known) in choices.items():
+        if value is not None:
+            check_choice(option, value, known)
+    check_goes_together(detector, anchor_sizes, aspect_ratios, box_head, box_loss)
     one_stage = detector == "retinanet"
     strides = (8, 16, 32) if one_stage else (4, 8, 16, 32)
     features = create_features(name, in_chans, strides, model_kwargs)
@@ -170,12 +194,50 @@ def create_detector(
     return Detector(model, background=not one_stage, frozen_norms=backbone_norm == "frozen")
 
 
+def check_goes_together(
+    detector: str,
+    anchor_sizes: Sequence[int],
+    aspect_ratios: Sequence[float],
+    box_head: str,
+    box_loss: str | None,
+) -> None:
+    if len(anchor_sizes) != len(SIZES):
+        raise ValueError(
+            f"anchor_sizes: expected {len(SIZES)}, one a level, got {len(anchor_sizes)}"
+        )
+    if not aspect_ratios:
+        raise ValueError("aspect_ratios: expected one at least, got none")
+    if box_loss is not None and detector in ("faster_rcnn", "mask_rcnn"):
+        raise ValueError(f"box_loss: expected none with {detector}, got {box_loss}")
+    if box_head != "mlp" and detector == "retinanet":
+        raise ValueError(f"box_head: expected mlp with {detector}, which has none, got {box_head}")
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's, which are never less precise than float32, as maps under autocast are.
+
+    bfloat16 knows no odd number of pixels above 256.
+    """
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+
+def widen(module: nn.Module, args: Any, output: Any) -> Any:
+    """What a module gives, which autocast made less precise than boxes are."""
+    if isinstance(output, dict):
+        return {key: widen(module, args, of) for key, of in output.items()}
+    if isinstance(output, list | tuple):
+        return type(output)(widen(module, args, of) for of in output)
+    return at_least_float32(output)
+
+
 def anchors(
     sizes: Sequence[int], ratios: Sequence[float], scales: Sequence[float] = (1.0,)
 ) -> AnchorGenerator:
     """Anchors of each level: all sides of it in all ratios."""
     of_levels = tuple(tuple(int(size * scale) for scale in scales) for size in sizes)
-    return AnchorGenerator(of_levels, (tuple(ratios),) * len(sizes))
+    return Anchors(of_levels, (tuple(ratios),) * len(sizes))
 
 
 def _retinanet(
@@ -199,6 +261,7 @@ def _two_stages(
 ) -> FasterRCNN:
     kwargs = {
         **shared,
+        "box_roi_pool": heads.box_pool(),
         "box_head": heads.box_head(),
         "box_predictor": heads.box_predictor(),
         "box_score_thresh": ends["score_threshold"],
@@ -207,5 +270,9 @@ def _two_stages(
     }
     if not heads.masks:
         return FasterRCNN(pyramid, **kwargs)
-    masks = {"mask_head": heads.mask_head(), "mask_predictor": heads.mask_predictor()}
+    masks = {
+        "mask_roi_pool": heads.mask_pool(),
+        "mask_head": heads.mask_head(),
+        "mask_predictor": heads.mask_predictor(),
+    }
     return MaskRCNN(pyramid, **masks, **kwargs)

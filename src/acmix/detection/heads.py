@@ -5,20 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import (
     FastRCNNConvFCHead,
     FastRCNNPredictor,
     TwoMLPHead,
 )
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
 
-from acmix.detection.pyramid import Norm, norm_layer
+from acmix.detection.pyramid import Norm, at_least_float32, norm_layer
 
 BoxHead = Literal["mlp", "conv"]
 SIDE = 7  # of what is pooled from a box
 FEATURES = 1024  # of a box
 CONVS = 4
+MAPS = ("0", "1", "2", "3")  # that boxes are pooled from
+FINEST = 4  # stride of the first of these
+
+
+class Pool(MultiScaleRoIAlign):
+    """torchvision's, at the strides of the maps, which it reads as precisely as boxes are given.
+
+    torchvision takes the strides from the first images that it sees, without their padding, and
+    keeps them: at 40 pixels, which are padded to 64, they would come out as half of what they are.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__(MAPS, output_size=side, sampling_ratio=2)
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        finest = x[MAPS[0]]
+        maps = {name: at_least_float32(x[name]) for name in MAPS}
+        padded = [(FINEST * finest.shape[-2], FINEST * finest.shape[-1])]
+        return super().forward(maps, boxes, padded).to(finest.dtype)
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,12 @@ class Heads:
     box: BoxHead
     norm: Norm | None
     masks: bool
+
+    def box_pool(self) -> Pool:
+        return Pool(SIDE)
+
+    def mask_pool(self) -> Pool | None:
+        return Pool(2 * SIDE) if self.masks else None
 
     def box_head(self) -> nn.Module:
         if self.box == "mlp":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import timm.layers
+import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -72,7 +73,12 @@ class Resize(GeneralizedRCNNTransform):
         )
         size = [max(1, math.floor(side * scale + 0.5)) for side in (height, width)]
         kwargs: dict[str, Any] = {"mode": "bilinear", "antialias": True}
-        return F.interpolate(image[None].float(), size, **kwargs)[0].to(image.dtype), target
+        resized = F.interpolate(at_least_float32(image[None]), size, **kwargs)[0]
+        return resized.to(image.dtype), target
+
+
+def at_least_float32(of: Tensor) -> Tensor:
+    return of.to(torch.promote_types(of.dtype, torch.float32))
 
 
 def norm_layer(name: Norm | None) -> Callable[..., nn.Module] | None:
@@ -94,7 +100,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def with_norm(net: nn.Module, name: Literal["batch", "frozen", "group", "sync"]) -> nn.Module:
     """The network with other norms in place of its batch norms.
 
-    frozen: they stay, but keep weights and running statistics. group: with weights of their own.
+    frozen: they stay, but keep weights and running statistics. group: with the weights of those
+    they replace, some of which start as zeros.
     """
     if name == "sync":
         return timm.layers.convert_sync_batchnorm(net)
@@ -108,10 +115,12 @@ def batch_norms(net: nn.Module) -> list[nn.Module]:
 
 
 def _with_group_norm(net: nn.Module) -> nn.Module:
-    if isinstance(net, BatchNormAct2d):
-        return nn.Sequential(group_norm(net.num_features), net.drop, net.act)
     if isinstance(net, _BatchNorm):
-        return group_norm(net.num_features)
+        group = group_norm(net.num_features)
+        group.weight, group.bias = net.weight, net.bias
+        if isinstance(net, BatchNormAct2d):
+            return nn.Sequential(group, net.drop, net.act)
+        return group
     for name, child in net.named_children():
         setattr(net, name, _with_group_norm(child))
     return net
