@@ -396,8 +396,11 @@ def create_network(
 
 
 @contextmanager
-def naming_network(name: str) -> Iterator[None]:
-    """Mistakes in the name of a network or in its arguments name the option that held them."""
+def naming_network(name: str, options: Iterable[str] = ("name",)) -> Iterator[None]:
+    """Mistakes in the name of a network or in its arguments name the option that held them.
+
+    options: of the model, which the message may begin with; others are of the network itself.
+    """
     if ":" not in name:  # "hf-hub:..." and the like are looked up elsewhere
         check_known("model.name", name.split(".")[0], timm.list_models())
     try:
@@ -405,7 +408,8 @@ def naming_network(name: str) -> Iterator[None]:
     except RuntimeError as error:  # of a tag that there is not
         raise ValueError(f"model.name: {one_line(error)}") from error
     except (TypeError, ValueError) as error:
-        option = "model." if str(error).startswith("name: ") else "model.model_kwargs: "
+        own = str(error).partition(":")[0] in options
+        option = "model." if own else "model.model_kwargs: "
         raise ValueError(f"{option}{one_line(error)}") from error
 
 

@@ -108,11 +108,10 @@ class Detection(DenseTask):
 
     def create_net(self) -> nn.Module:
         hp = self.hparams
-        options = {
-            key: hp[key] for key in inspect.signature(create_detector).parameters if key in hp
-        }
+        known = inspect.signature(create_detector).parameters
+        options = {key: hp[key] for key in known if key in hp}
         options["model_kwargs"] = nested(hp["model_kwargs"] or {})
-        with naming_network(hp["name"]):
+        with naming_network(hp["name"], known):
             return create_detector(num_classes=len(self.class_names), **options)
 
     @property
