@@ -344,7 +344,7 @@ def test_other_classes_in_another_part_are_refused(tmp_path):
 def test_an_image_of_another_size_than_said_is_named(tmp_path):
     root = write_coco(tmp_path)
     Image.new("RGB", (33, 20)).save(root / "images" / "102.png")
-    with pytest.raises(ValueError, match=r"102.png: the image is 33x20, its annotation says"):
+    with pytest.raises(ValueError, match=r"102.png: the image is 33x20, its annotation says 64x96"):
         objects(root).val_set()[2]
 
 
@@ -353,6 +353,17 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (root / "images" / "102.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"data.source: cannot read .*102.png: no image"):
         objects(root).val_set()[2]
+
+
+def test_skip_leaves_out_images_that_cannot_be_had(tmp_path, capsys):
+    root = write_coco(tmp_path)
+    (root / "images" / "102.png").write_bytes(b"no image")
+    Image.new("RGB", (33, 20)).save(root / "images" / "3.png")
+    data = objects(root, on_error="skip")
+    assert (len(data.train_set()), len(data.val_set())) == (5, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert "3.png: the image is 33x20" in lines[0]
+    assert "102.png: no image" in lines[1]
 
 
 def test_masks_that_are_asked_for_and_not_there_are_named(tmp_path):

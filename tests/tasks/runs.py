@@ -73,6 +73,11 @@ def start(run, options, *more):
     return _start("acmix.cli", arguments(run, options, *more), {})
 
 
+def start_command(args):
+    """`acmix ARGS` in a process of its own."""
+    return _start("acmix.cli", args, {})
+
+
 def start_two(commands):
     """Several commands, one after another, in the same two processes."""
     with socket.socket() as free:
@@ -119,9 +124,9 @@ def differences(one, two):
     return [keystr(p) for (p, a), (_, b) in pairs if not same[isinstance(a, torch.Tensor)](a, b)]
 
 
-def assert_same_end(run, other):
+def assert_same_end(run, other, steps=22):
     one, two = checkpoint_of(run), checkpoint_of(other)
-    assert one["global_step"] == two["global_step"] == 22
+    assert one["global_step"] == two["global_step"] == steps
     assert any(name.startswith("net.") for name in one["state_dict"])
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert differences(one[part], two[part]) == [], part

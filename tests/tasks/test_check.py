@@ -89,7 +89,7 @@ def test_a_part_that_is_missing_and_a_class_without_an_image_that_can_be_read(pe
     assert check() == 1
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first.startswith("data.source: expected a split val or")
-    assert last == "no training image of class dog"
+    assert last == "nothing to learn of class dog"
 
 
 def test_a_test_part_without_classes_is_told_and_does_not_stop_training(pets, capsys):

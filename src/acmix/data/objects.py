@@ -23,7 +23,7 @@ from acmix.data.base import DetectionData
 from acmix.data.loading import Sample
 from acmix.data.records import Annotations, Record, decode
 from acmix.data.sources import SPLITS, absolute, as_rgb, check_colour, why_unreadable
-from acmix.data.survey import Picture
+from acmix.data.survey import Broken, Picture, in_threads, look
 from acmix.errors import few, printable
 from acmix.ranges import (
     Count,
@@ -104,6 +104,7 @@ class Objects(DetectionData):
             raise ValueError(f"data.jitter: expected the smaller factor first, got {jitter}")
         check_colour(background)
         self.source, self.on_error = absolute(source), on_error
+        self.looks_early = on_error == "raise"
         self.form: Form = form or form_of(Path(self.source))
         chosen = {"train": train_split, "val": val_split, "test": test_split}
         self.splits = {part: (name,) if name else SPLITS[part] for part, name in chosen.items()}
@@ -152,7 +153,7 @@ class Objects(DetectionData):
     def _pictures(self, records: list[Record]) -> Iterator[Picture]:
         for record in records:
             names = tuple(self.class_names[of.label] for of in record.objects)
-            yield Picture(printable(record.path), names, partial(Image.open, record.path))
+            yield Picture(printable(record.path), names, partial(open_stored, record))
 
     def faults(self, part: str) -> list[str]:
         known = self._open(part)
@@ -206,6 +207,8 @@ class Objects(DetectionData):
         """What is known of a part, read once; None where there is no such part."""
         if part not in self.known:
             known = self.known[part] = self._read(part)
+            if known is not None and self.on_error == "skip":
+                leave_out_broken(known, self.background)
             if known is not None and known.faults and self.on_error == "skip":
                 what = "1 fault" if len(known.faults) == 1 else f"{len(known.faults)} faults"
                 first = f"such as {known.faults[0]}"
@@ -294,6 +297,32 @@ class ObjectImages(Dataset[Sample]):
         return target
 
 
+def open_stored(record: Record) -> Image.Image:
+    """The image as it is stored.
+
+    Raises:
+        ValueError: If it has another size than the annotations say; others if it cannot be read.
+    """
+    image = Image.open(record.path)
+    if image.size != record.size:
+        there, said = ("x".join(map(str, size)) for size in (image.size, record.size))
+        raise ValueError(f"the image is {there}, its annotation says {said}")
+    return image
+
+
+def leave_out_broken(known: Annotations, background: str) -> None:
+    """Read every image once; those that cannot be had become faults."""
+    pictures = [Picture(of.path, (), partial(open_stored, of)) for of in known.records]
+    kept = []
+    found = in_threads(lambda picture: look(picture, background), pictures)
+    for record, image in zip(known.records, found, strict=True):
+        if isinstance(image, Broken):
+            known.fault(image.name, image.reason)
+        else:
+            kept.append(record)
+    known.records = kept
+
+
 def load(record: Record, background: str) -> tv_tensors.Image:
     """The image in 8 bits a channel.
 
@@ -301,17 +330,11 @@ def load(record: Record, background: str) -> tv_tensors.Image:
         ValueError: If it cannot be read, or has another size than the annotations say.
     """
     try:
-        with Image.open(record.path) as image:
+        with open_stored(record) as image:
             picture = as_rgb(image, background)
     except Exception as error:  # of a broken file, Pillow raises anything
         why = why_unreadable(error)
         raise ValueError(f"data.source: cannot read {printable(record.path)}: {why}") from error
-    if picture.size != record.size:
-        said, there = ("x".join(map(str, size)) for size in (record.size, picture.size))
-        raise ValueError(
-            f"data.source: {printable(record.path)}: the image is {there}, "
-            f"its annotation says {said}"
-        )
     return tv_tensors.Image(F.pil_to_tensor(picture))
 
 

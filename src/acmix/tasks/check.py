@@ -29,6 +29,7 @@ from acmix.tasks.console import console
 from acmix.tasks.options import read_config
 from acmix.tasks.training_cli import make
 
+PARTS = ("train", "val", "test")
 SHOWN = 40  # sample images
 NAMED = 20  # of what is wrong; all of it goes into files
 CLASSES = 50
@@ -67,7 +68,7 @@ def look_at_all(data: ImageData) -> tuple[dict[str, Survey], list[str]]:
     shown = -(-SHOWN // len(data.class_names))
     surveys, problems = {}, []
     with counting() as count:
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             try:
                 if pictures := data.pictures(part):
                     of_class = shown if part == "train" else 0
@@ -90,11 +91,12 @@ def counting() -> Iterator[Any]:
 def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
     """What would stop a run, or make its result worthless, a line each."""
     problems: list[str] = []
+    problems += at_most([fault for part in PARTS for fault in faults_of(data, part)])
     broken = [image for part in surveys.values() for image in part.broken]
     problems += at_most([f"cannot read {image.name}: {image.reason}" for image in broken])
     seen = surveys.get("train", Survey()).counts
     if empty := [name for name in data.class_names if not seen[name]]:
-        problems += at_most([f"no training image of class {name}" for name in empty])
+        problems += at_most([f"nothing to learn of class {name}" for name in empty])
     parts = list(surveys)
     problems += at_most(
         [
@@ -111,6 +113,13 @@ def find_problems(data: ImageData, surveys: dict[str, Survey]) -> list[str]:
         ]
     )
     return problems
+
+
+def faults_of(data: ImageData, part: str) -> list[str]:
+    try:
+        return data.faults(part)
+    except ValueError:
+        return []  # of a part that cannot be had, which is told already
 
 
 def at_most(lines: list[str]) -> list[str]:

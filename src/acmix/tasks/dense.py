@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from acmix.errors import few
 from acmix.models.features import Features
-from acmix.surgery.warm_start import warm_start
+from acmix.surgery.warm_start import extractor_name, warm_start
 from acmix.tasks.base import Task
 
 
@@ -20,8 +20,7 @@ class DenseTask(Task):
 
     @property
     def backbone(self) -> nn.Module:
-        body = features_of(self.net).body
-        return body.model if isinstance(body, FeatureGetterNet) else body
+        return network_of(features_of(self.net))
 
     def configure_model(self) -> None:
         # The rest depends on what is found, and would be compiled again and again.
@@ -33,8 +32,15 @@ class DenseTask(Task):
         if any(key in weights for key in self.net.state_dict()):
             say(f"all of the checkpoint but {few(load_fitting(self.net, weights)) or 'nothing'}")
         else:
-            started = warm_start(features_of(self.net).body, weights)
-            say(f"{len(started.copied)} tensors of a classifier for the {self.hparams['name']}")
+            same = load_same(self.backbone, weights)
+            count = same or len(warm_start(features_of(self.net).body, weights).copied)
+            say(f"{count} tensors of a classifier for the {self.hparams['name']}")
+
+
+def network_of(features: Features) -> nn.Module:
+    """The network itself, whose modules have the names that it gave them."""
+    body = features.body
+    return body.model if isinstance(body, FeatureGetterNet) else body  # type: ignore[return-value]
 
 
 def features_of(net: nn.Module) -> Features:
@@ -44,6 +50,16 @@ def features_of(net: nn.Module) -> Features:
 @rank_zero_only
 def say(what: str) -> None:
     print(f"model.warm_start: took {what}", file=sys.stderr)
+
+
+def load_same(backbone: nn.Module, weights: dict[str, Any]) -> int:
+    """Load the weights of a classifier with this very network; how many, or 0 for another one."""
+    named = {extractor_name(key, backbone): value for key, value in weights.items()}
+    own = backbone.state_dict()
+    if not all(key in named and fits(value, named[key]) for key, value in own.items()):
+        return 0
+    backbone.load_state_dict({key: named[key] for key in own})
+    return len(own)
 
 
 def load_fitting(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
