@@ -96,11 +96,11 @@ def undecayed(name: str, kwargs: dict[str, Any], body: nn.Module) -> Iterator[st
     """Names in the body of what the whole network names in `no_weight_decay`."""
     with torch.device("meta"):
         net = timm.create_model(name, **kwargs)
-    named = {_alike(key) for key in getattr(net, "no_weight_decay", set)()}
-    return (key for key, _ in body.named_parameters() if _alike(key) in named)
+    named = {alike(key) for key in getattr(net, "no_weight_decay", set)()}
+    return (key for key, _ in body.named_parameters() if alike(key) in named)
 
 
-def _alike(key: str) -> str:
+def alike(key: str) -> str:
     """A name that timm's two kinds of extractors and the network have in common."""
     return key.removeprefix("model.").replace(".", "_")
 
