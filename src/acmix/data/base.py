@@ -132,3 +132,28 @@ class DetectionData(ImageData):
     with_masks: bool = False  # the task sets it
     test_size: int  # shorter side to which the detector brings held-out images, in pixels
     max_size: int  # most that their longer side may then have
+
+
+class SegmentationData(ImageData):
+    """Images with a class a pixel: a sample is (image (C, H, W), mask (H, W) of int64).
+
+    A mask holds indices of classes, or `ignore_index`. Training images are of one size, and so is
+    the mask of each; a batch is a pair of stacks. A held-out image is as the network is to see it,
+    its mask as it is stored; a batch is (list of images, list of masks).
+    """
+
+    ignore_index: int = 255  # of pixels that no class is known of
+
+    @abstractmethod
+    def class_counts(self) -> list[int]:
+        """Pixels of each class in the training images as they are stored."""
+
+    def _loader(self, data: Dataset[Sample], train: bool = False) -> DataLoader[Any]:
+        collate = default_collate if train else in_lists
+        return make_loader(data, train=train, collate=collate, **self.loader_options())
+
+
+def in_lists(samples: list[Sample]) -> tuple[list[Tensor], list[Any]]:
+    """A batch of images of any size: images, and what is known of each."""
+    images, known = zip(*samples, strict=True)
+    return list(images), list(known)
