@@ -9,7 +9,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("page", "reports"), [("README.md", 1), ("docs/convert.md", 3), ("docs/predict.md", 0)]
+    ("page", "reports"),
+    [
+        ("README.md", 1),
+        ("docs/convert.md", 3),
+        ("docs/predict.md", 0),
+        ("docs/segmentation.md", 0),
+    ],
 )
 def test_examples_run(page: str, reports: int, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)

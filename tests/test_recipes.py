@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from data.mask_folders import write
 from PIL import Image
 
 from acmix.cli import main
@@ -18,10 +19,17 @@ PUBLISHED = {
     "imagenet_pvt": (1024, 1e-3, 0.05, 300),
     "imagenet_swin": (1024, 1e-3, 0.05, 300),
 }
+# Images a step, learning rate, steps of warm-up and in all, power of the schedule: the same.
+BY_STEPS = {
+    "ade20k_semantic_fpn_pvt": (16, 1e-4, 0, 80_000, 0.9),
+    "ade20k_upernet_swin": (16, 6e-5, 1500, 160_000, 1.0),
+}
 NETWORKS = {
     "imagenet_sgd": ("resnet26", "resnet38", "resnet50", "san10", "san15", "san19"),
     "imagenet_pvt": ("pvt_tiny", "pvt_small"),
     "imagenet_swin": ("swin_tiny", "swin_small"),
+    "ade20k_semantic_fpn_pvt": ("pvt_tiny", "pvt_small"),
+    "ade20k_upernet_swin": ("swin_tiny", "swin_small"),
 }
 ON_ONE_CPU = [
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"),
@@ -29,10 +37,24 @@ ON_ONE_CPU = [
 ]
 
 
+SMALL = {  # of the tasks whose images are large
+    "segmentation": ["--data.resize", "40", "--data.test_size", "40", "--data.crop", "64"],
+}
+
+
+def task_of(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("task:")]
+    return lines[0].split()[1] if lines else "classification"
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two classes, four pictures to learn from and one held out of each."""
+    """Two classes, four pictures to learn from and one held out of each; and pairs with masks."""
     folder = tmp_path_factory.mktemp("pictures")
+    for part in ("training", "validation"):
+        for number in range(16):
+            write(folder, f"{number}", None, None, f"images/{part}", f"annotations/{part}")
+    (folder / "classes.txt").write_text("dark\nlight\n")
     for part, count in {"train": 4, "val": 1, "test": 1}.items():
         for number, name in enumerate(("dark", "light")):
             (folder / part / name).mkdir(parents=True)
@@ -46,6 +68,7 @@ def options(recipe, pictures, *more):
     args = ["--config", str(recipe), *ON_ONE_CPU]
     if recipe.stem != "digits":
         args += ["--data.source", str(pictures), "--data.num_workers", "0"]
+        args += SMALL.get(task_of(recipe), [])
     return [*args, *more]
 
 
@@ -73,7 +96,7 @@ def test_recipe_builds(path, pictures, tmp_path):
     expected = rate * data.batch_size / meant_for if meant_for else rate
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected)] * 2
     image, _ = data.train_set()[0]
-    assert task.eval()(image[None]).shape == (1, len(data.class_names))
+    assert task.eval()(image[None]).shape[:2] == (1, len(data.class_names))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -84,6 +107,17 @@ def test_step_of_the_published_size_has_the_published_rate(name, pictures):
     found = (8 * data.batch_size, hp["lr"], hp["weight_decay"], cli.trainer.max_epochs)
     assert found == PUBLISHED[name]
     assert hp["lr_batch_size"] == 8 * data.batch_size
+
+
+@pytest.mark.parametrize("name", BY_STEPS)
+def test_steps_are_the_published_ones(name, pictures):
+    cli = TrainingCLI("fit", options(recipe(name), pictures))
+    hp, batch_size = cli.model.hparams, cli.datamodule.batch_size
+    assert "  devices: 8\n" in recipe(name).read_text()
+    assert (hp["sched"], hp["opt"], cli.trainer.max_epochs) == ("poly", "adamw", -1)
+    steps, power = cli.trainer.max_steps, hp["sched_kwargs"]["decay_rate"]
+    found = (8 * batch_size, hp["lr"], hp["warmup_steps"], steps, power)
+    assert found == BY_STEPS[name]
 
 
 @pytest.mark.parametrize("family", NETWORKS)

@@ -34,7 +34,7 @@ class Normalise:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Resized:
     """Images at a size, shorter side, with their masks as they are."""
 
     size: int

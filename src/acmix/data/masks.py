@@ -24,7 +24,7 @@ from acmix.data.mask_layouts import (
     find_form,
     find_pairs,
 )
-from acmix.data.mask_transforms import HeldOut, Normalise, Training
+from acmix.data.mask_transforms import Normalise, Resized, Training
 from acmix.data.sources import absolute, as_rgb, check_colour, why_unreadable
 from acmix.data.survey import Picture, in_threads
 from acmix.errors import few, printable
@@ -138,7 +138,7 @@ class Masks(SegmentationData):
             resize, scale, crop, class_share, hflip, distortion, normalise, ignore_index
         )
         self.test_size = test_size or resize
-        self.eval_transform: Transform = HeldOut(self.test_size, normalise)
+        self.eval_transform: Transform = Resized(self.test_size, normalise)
         self.input_config = {
             "test_size": self.test_size,
             "mean": mean,
