@@ -148,7 +148,8 @@ def classes(rows: Sequence[Row], miou: float) -> Figure:
     axes.axvline(miou, color=GREY, linewidth=1, linestyle="--")
     for place, row in zip(places, order, strict=True):
         text = "neither there nor found" if row["iou"] is None else f"{row['iou']:.1%}"
-        at: Any = {"fontsize": 8, "color": GREY, "va": "center"}
+        over: Any = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the dashed line
+        at: Any = {"fontsize": 8, "color": GREY, "va": "center", "bbox": over}
         axes.text((row["iou"] or 0.0) + 0.006, place, text, **at)
     names = [f"{short(row['class'], 24)} ({row['share']:.1%})" for row in order]
     axes.set_yticks(places, names, fontsize=9 if len(rows) <= 50 else 7)
@@ -186,5 +187,6 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     axes.grid(False)
     axes.set(xlabel="prediction", ylabel="class")
     right = counts.trace() / max(1, counts.sum())
-    axes.set_title(f"{right:.1%} of the pixels right; numbers are % of the class")
+    numbers = "; numbers are % of the class" if number <= NUMBERED else ""
+    axes.set_title(f"{right:.1%} of the pixels right{numbers}")
     return figure
