@@ -256,7 +256,17 @@ def test_a_fault_is_named(folder, kind):
     assert found.startswith(said)
     assert data.faults("val") == data.faults("test") == []
     with pytest.raises(ValueError, match="^" + re.escape(f"data.source: {said}")):
-        [data.train_set()[index] for index in range(4)]
+        data.train_set()
+    assert len(data.val_set()) == 2
+
+
+@pytest.mark.parametrize("kind", ["size", "value", "colours", "broken mask"])
+def test_a_fault_that_is_come_upon_later_is_named_too(folder, kind):
+    train = Masks(str(folder), **PLAIN).train_set()
+    said = fault(folder, kind)
+    assert train[0][1].shape == (16, 20)
+    with pytest.raises(ValueError, match="^" + re.escape(f"data.source: {said}")):
+        train[1]
 
 
 @pytest.mark.parametrize("kind", [*FAULTS, "broken image"])
@@ -272,10 +282,10 @@ def test_a_fault_is_left_out_and_counted(folder, kind, capsys):
     assert names_in(train) == ["0.png", "2.png", "3.png"]
     assert [train[index][1].shape for index in range(3)] == [(16, 20)] * 3
     assert sum(data.class_counts()) == 3 * (16 * 20 - 1)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"left out: {said}")
-    assert lines[1:] == ["data.on_error: left out 1 of 4 of train"]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data.source: left out 1 of 4 in train, such as {said}")
     assert len(data.val_set()) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_broken_image_is_named_with_the_pictures(folder):
@@ -367,7 +377,8 @@ def test_a_source_is_a_folder(folder, source):
 def test_an_ignored_class_is_none(folder):
     data = Masks(str(folder), ignore_index=1, **PLAIN)
     with pytest.raises(ValueError, match=r"or 1, got 255 in 1 pixel"):
-        data.train_set()[0]
-    write(folder, "0")
+        data.train_set()
+    for number in range(4):
+        write(folder, f"{number}")
     assert data.train_set()[0][1].unique().tolist() == [0, 1, 2]
     assert data.ignore_index == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from acmix.ranges import (
 Transform = Callable[[Image.Image, np.ndarray], Sample]
 CODES = 1 << 16  # of 16 bits
 NO_CLASS = -1
+LOOKING = 5.0  # seconds, in which masks are looked at before the first step
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -96,8 +98,9 @@ class Masks(SegmentationData):
             ignore_index: Number in the masks of pixels that are neither learned nor measured.
             reduce_zero_label: Whether 0 in a mask is such a pixel too, and 1 the first class; by
                 default of ADE20K.
-            on_error: What becomes of pairs that cannot be used: raise stops with the name of the
-                first; skip reads every pair once before the first step and leaves them out.
+            on_error: What becomes of pairs that cannot be used: raise ends the run with the name
+                of the first; skip reads every pair once before the first step, leaves them out and
+                counts them.
             resize: Shorter side of training images in pixels, before `scale`.
             scale: Range of a random factor of that size.
             crop: Height and width of training images in pixels, one number or both; smaller ones
@@ -296,23 +299,30 @@ class Masks(SegmentationData):
             pairs, alone = self._pairs(part)
             if self.on_error == "skip":
                 pairs = self._without_faults(part, pairs, alone)
-            elif alone:
-                raise ValueError(f"data.source: {few(alone, 1)} (--data.on_error skip goes on)")
+            elif fault := next(iter(alone), None) or self._early_fault(pairs):
+                raise ValueError(
+                    f"data.source: {fault} (acmix check names all, --data.on_error skip goes on "
+                    "without them)"
+                )
             self._usable[part] = pairs
         return self._usable[part]
 
+    def _early_fault(self, pairs: list[Pair]) -> str | None:
+        """The first that is found within seconds; others end a run when they are come upon."""
+        end = time.monotonic() + LOOKING
+        for fault in in_threads(self._fault_of_mask, pairs):
+            if fault or time.monotonic() > end:
+                return fault
+        return None
+
     def _without_faults(self, part: str, pairs: list[Pair], alone: list[str]) -> list[Pair]:
         said = list(in_threads(self._fault, pairs))
-        left_out = [*alone, *filter(None, said)]
-        usable = [pair for pair, fault in zip(pairs, said, strict=True) if fault is None]
-        for line in left_out:
-            print(f"left out: {line}", file=sys.stderr)
-        if left_out:
-            of = f"{len(pairs) + len(alone)} of {part}"
-            print(f"data.on_error: left out {len(left_out)} of {of}", file=sys.stderr)
-        if not usable:
+        if left_out := [*alone, *filter(None, said)]:
+            of = f"{len(left_out)} of {len(pairs) + len(alone)} in {part}"
+            print(f"data.source: left out {of}, such as {left_out[0]}", file=sys.stderr)
+        if all(said):
             raise ValueError(f"data.source: expected images of {part} that can be used, got none")
-        return usable
+        return [pair for pair, fault in zip(pairs, said, strict=True) if fault is None]
 
 
 class MaskSet(Dataset[Sample]):
