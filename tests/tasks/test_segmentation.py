@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from data.mask_folders import NAMES, write_folders
@@ -141,6 +142,41 @@ def test_rare_classes_weigh_more(folder):
     assert not any("class_weight" in key for key in task.state_dict())
     given, _ = fitted(folder, class_weights=[1.0, 2.0, 3.0])
     assert given.class_weight.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_segmenter_starts_from_a_classifier(capsys):
+    classifier = timm.create_model("resnet26_conv", num_classes=7, **SMALL)
+    task = segmentation()
+    task.start_from(classifier.state_dict())
+    body, theirs = task.net.features.body.state_dict(), classifier.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in body.items() if key in theirs)
+    assert "layer4.0.conv1.weight" in body
+    assert "tensors of a classifier" in capsys.readouterr().err
+
+
+def test_a_segmenter_of_other_classes_gives_all_but_the_last_layers(capsys):
+    torch.manual_seed(1)
+    options = {"width": 16, "head_width": 16, "model_kwargs": SMALL, "decoder": "upernet"}
+    source = Segmentation("resnet26_acmix", [*NAMES, "person"], **options)
+    task = segmentation(decoder="upernet")
+    task.start_from(source.net.state_dict())
+    last = ("decoder.classifier.1", "auxiliary.classifier.1")
+    for key, value in task.net.state_dict().items():
+        if not key.startswith(last):
+            assert torch.equal(value, source.net.state_dict()[key]), key
+    said = "all of the checkpoint but decoder.classifier.1, auxiliary.classifier.1"
+    assert said in capsys.readouterr().err
+
+
+def test_a_frozen_network_stays_as_it_is(folder):
+    start = segmentation().net.state_dict()
+    task, _ = fitted(folder, steps=2, freeze=["backbone"], sched="none")
+    changed = {
+        ".".join(key.split(".")[:2])
+        for key, value in task.net.state_dict().items()
+        if not torch.equal(value, start[key])
+    }
+    assert changed == {"decoder.pyramid", "decoder.branches", "decoder.classifier"}
 
 
 @pytest.mark.parametrize(
