@@ -95,7 +95,8 @@ class Masks(SegmentationData):
             mask_suffix: End of the name of a mask.
             classes: Names of the classes, in the order of their numbers; by default the lines of
                 classes.txt, or those of the form.
-            ignore_index: Number in the masks of pixels that are neither learned nor measured.
+            ignore_index: Number in the masks of pixels that are neither learned nor measured; a
+                class of this number is not either.
             reduce_zero_label: Whether 0 in a mask is such a pixel too, and 1 the first class; by
                 default of ADE20K.
             on_error: What becomes of pairs that cannot be used: raise ends the run with the name
