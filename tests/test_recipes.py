@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from data.mask_folders import write
+from data.scenes import write_coco
 from PIL import Image
 
 from acmix.cli import main
@@ -24,7 +25,22 @@ BY_STEPS = {
     "ade20k_semantic_fpn_pvt": (16, 1e-4, 0, 80_000, 0.9),
     "ade20k_upernet_swin": (16, 6e-5, 1500, 160_000, 1.0),
 }
+# Detector, optimizer, learning rate, epochs and those after which the rate falls: the same.
+ON_COCO = {
+    "coco_retinanet_resnet_1x": ("retinanet", "sgd", 0.01, 12, [8, 11]),
+    "coco_retinanet_san_1x": ("retinanet", "sgd", 0.01, 12, [8, 11]),
+    "coco_retinanet_pvt_1x": ("retinanet", "adamw", 1e-4, 12, [8, 11]),
+    "coco_retinanet_pvt_3x": ("retinanet", "adamw", 1e-4, 36, [27, 33]),
+    "coco_mask_rcnn_swin_1x": ("mask_rcnn", "adamw", 1e-4, 12, [8, 11]),
+    "coco_mask_rcnn_swin_3x": ("mask_rcnn", "adamw", 1e-4, 36, [27, 33]),
+    "coco_cascade_mask_rcnn_swin_1x": ("cascade_mask_rcnn", "adamw", 1e-4, 12, [8, 11]),
+    "coco_cascade_mask_rcnn_swin_3x": ("cascade_mask_rcnn", "adamw", 1e-4, 36, [27, 33]),
+}
 NETWORKS = {
+    "coco_retinanet_resnet_1x": ("resnet50",),
+    "coco_retinanet_san_1x": ("san15",),
+    **dict.fromkeys(("coco_retinanet_pvt_1x", "coco_retinanet_pvt_3x"), ("pvt_tiny", "pvt_small")),
+    **dict.fromkeys((name for name in ON_COCO if "swin" in name), ("swin_tiny", "swin_small")),
     "imagenet_sgd": ("resnet26", "resnet38", "resnet50", "san10", "san15", "san19"),
     "imagenet_pvt": ("pvt_tiny", "pvt_small"),
     "imagenet_swin": ("swin_tiny", "swin_small"),
@@ -38,7 +54,13 @@ ON_ONE_CPU = [
 
 
 SMALL = {  # of the tasks whose images are large
-    "segmentation": ["--data.resize", "40", "--data.test_size", "40", "--data.crop", "64"],
+    "segmentation": [
+        *("--data.resize", "40", "--data.test_size", "40", "--data.crop", "64"),
+        *("--model.class_weights", "null"),
+    ],
+    "detection": [
+        *("--data.train_sizes", "[64]", "--data.test_size", "64", "--data.max_size", "96"),
+    ],
 }
 
 
@@ -55,6 +77,7 @@ def pictures(tmp_path_factory):
         for number in range(16):
             write(folder, f"{number}", None, None, f"images/{part}", f"annotations/{part}")
     (folder / "classes.txt").write_text("dark\nlight\n")
+    write_coco(folder)
     for part, count in {"train": 4, "val": 1, "test": 1}.items():
         for number, name in enumerate(("dark", "light")):
             (folder / part / name).mkdir(parents=True)
@@ -96,6 +119,9 @@ def test_recipe_builds(path, pictures, tmp_path):
     expected = rate * data.batch_size / meant_for if meant_for else rate
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected)] * 2
     image, _ = data.train_set()[0]
+    if task.task == "detection":
+        assert set(task.eval()([image])[0]) >= {"boxes", "scores", "labels"}
+        return
     assert task.eval()(image[None]).shape[:2] == (1, len(data.class_names))
 
 
@@ -118,6 +144,18 @@ def test_steps_are_the_published_ones(name, pictures):
     steps, power = cli.trainer.max_steps, hp["sched_kwargs"]["decay_rate"]
     found = (8 * batch_size, hp["lr"], hp["warmup_steps"], steps, power)
     assert found == BY_STEPS[name]
+
+
+@pytest.mark.parametrize("name", ON_COCO)
+def test_epochs_on_coco_are_the_published_ones(name, pictures):
+    cli = TrainingCLI("fit", options(recipe(name), pictures))
+    hp, data = cli.model.hparams, cli.datamodule
+    assert "  devices: 8\n" in recipe(name).read_text()
+    assert (8 * data.batch_size, hp["lr_batch_size"], hp["warmup_steps"]) == (16, 16, 500)
+    assert "test_size: 800\n    max_size: 1333\n" in recipe(name).read_text()
+    falls = hp["sched_kwargs"]["decay_milestones"]
+    found = (hp["detector"], hp["opt"], hp["lr"], cli.trainer.max_epochs, falls)
+    assert found == ON_COCO[name]
 
 
 @pytest.mark.parametrize("family", NETWORKS)

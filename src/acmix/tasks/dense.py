@@ -40,7 +40,7 @@ class DenseTask(Task):
 def network_of(features: Features) -> nn.Module:
     """The network itself, whose modules have the names that it gave them."""
     body = features.body
-    return body.model if isinstance(body, FeatureGetterNet) else body  # type: ignore[return-value]
+    return body.model if isinstance(body, FeatureGetterNet) else body
 
 
 def features_of(net: nn.Module) -> Features:

@@ -113,12 +113,11 @@ class Segmentation(DenseTask):
 
     def create_net(self) -> nn.Module:
         hp = self.hparams
-        options = {
-            key: hp[key] for key in inspect.signature(create_segmenter).parameters if key in hp
-        }
+        known = inspect.signature(create_segmenter).parameters
+        options = {key: hp[key] for key in known if key in hp}
         options["model_kwargs"] = nested(hp["model_kwargs"] or {})
         options["auxiliary"] = hp["auxiliary_weight"] > 0
-        with naming_network(hp["name"]):
+        with naming_network(hp["name"], known):
             return create_segmenter(num_classes=len(self.class_names), **options)
 
     @property

@@ -48,10 +48,13 @@ from acmix.tasks.options import (
 )
 from acmix.tasks.progress import TrainingBar
 from acmix.tasks.run_folder import Lock, move_earlier_run, named_folder
+from acmix.tasks.segmentation import Segmentation
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 NO_DEVICE = re.compile("No supported gpu backend|accelerator is not available|torch_xla")
-TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (Classification, Detection)}
+TASKS: dict[str, type[Task]] = {
+    kind.task: kind for kind in (Classification, Detection, Segmentation)
+}
 
 SUMMARIES = {
     "fit": "train a network; pictures, metrics and checkpoints go into the run folder",
