@@ -11,7 +11,14 @@ from importlib.util import find_spec
 
 # What takes long to import (torch, rich, timm) is imported where it is used: help is immediate, and
 # Ctrl-C while it loads stops in one line.
-from acmix.errors import Parser, UserError, did_you_mean, image_size, user_errors
+from acmix.errors import (
+    Parser,
+    UserError,
+    check_one_of,
+    did_you_mean,
+    image_size,
+    user_errors,
+)
 
 HELP = """\
 usage: acmix COMMAND [options]
@@ -56,6 +63,7 @@ COSTS_EXAMPLES = """\
   acmix analyze costs resnet50_acmix resnet50_conv --stages
   acmix analyze costs swin_tiny_acmix --size 800x1333 --format csv
   acmix analyze costs pvt_tiny_attn pvt_tiny_acmix --task detection --detector retinanet
+  acmix analyze costs swin_tiny_acmix --task segmentation --decoder upernet --size 512x2048
 """
 
 TRAIN_PACKAGES = {
@@ -210,11 +218,12 @@ def analyze_costs(args: list[str]) -> None:
     parser.add_argument("--format", choices=costs.FORMATS, default="table", help="table by default")
     parser.add_argument(
         "--task",
-        choices=("classification", "detection"),
+        choices=("classification", "detection", "segmentation"),
         default="classification",
-        help="a whole detector of 80 classes on the network; classification by default",
+        help="a whole detector of 80 classes, or segmenter of 150; classification by default",
     )
     parser.add_argument("--detector", default="retinanet", help="retinanet by default")
+    parser.add_argument("--decoder", default="semantic_fpn", help="semantic_fpn by default")
     options = parser.parse_intermixed_args(args)
     if options.task != "classification":
         print(analyze_whole(options), end="")
@@ -226,19 +235,20 @@ def analyze_costs(args: list[str]) -> None:
 
 
 def analyze_whole(options: argparse.Namespace) -> str:
-    """The table of networks with a detector on them."""
+    """The table of networks with a detector or decoder on them."""
     from acmix.analysis import whole_costs as whole
     from acmix.detection import DETECTORS
+    from acmix.segmentation import DECODERS
 
-    if options.detector not in DETECTORS:
-        known = f"{did_you_mean(options.detector, DETECTORS)} (known: {', '.join(DETECTORS)})"
-        raise UserError(f"--detector: unknown {options.detector!r}{known}")
+    check_one_of("--detector", options.detector, DETECTORS)
+    check_one_of("--decoder", options.decoder, DECODERS)
     if options.stages:
         raise UserError("--stages: expected with --task classification")
     size = options.size or whole.SIZES[options.task]
     names = options.models or whole.DEFAULTS[options.task]
     with user_errors(ValueError):
-        found = [whole.detector_costs(name, options.detector, size) for name in names]
+        head = options.detector if options.task == "detection" else options.decoder
+        found = [whole.COSTS[options.task](name, head, size) for name in names]
     return whole.report(found, options.format)
 
 

@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def check_one_of(option: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        offer = did_you_mean(name, known)
+        raise UserError(f"{option}: unknown {name!r}{offer} (known: {', '.join(known)})")
+
+
 def image_size(text: str) -> tuple[int, int]:
     """An option's value, S or HEIGHTxWIDTH, in pixels."""
     sides = text.lower().split("x")

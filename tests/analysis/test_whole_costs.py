@@ -2,7 +2,7 @@
 
 import pytest
 
-from acmix.analysis.whole_costs import detector_costs
+from acmix.analysis.whole_costs import detector_costs, segmenter_costs
 
 # Of 80 classes at 1280 x 800. Millions of parameters and GMACs: Swin's paper (Liu et al., ICCV
 # 2021, Table 2), PVT's (Wang et al., ICCV 2021, Table 3, which gives parameters alone), and for
@@ -31,6 +31,20 @@ def test_published_figures_are_met(name, detector, options, millions, giga):
     assert sum(found.parameters) / 1e6 == pytest.approx(millions, rel=0.01)
     if giga:
         assert sum(found.macs) / 1e9 == pytest.approx(giga, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "size", "millions", "giga"),
+    [
+        ("pvt_tiny_attn", "semantic_fpn", (512, 512), 17.0, 33.2),  # PVT, Table 5
+        ("pvt_small_attn", "semantic_fpn", (512, 512), 28.2, 44.5),
+    ],
+    ids=str,
+)
+def test_published_figures_of_segmenters_are_met(name, decoder, size, millions, giga):
+    found = segmenter_costs(name, decoder, size)
+    assert sum(found.parameters) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert sum(found.macs) / 1e9 == pytest.approx(giga, rel=0.02)
 
 
 def test_the_head_costs_the_same_on_any_network_of_these_maps():

@@ -7,14 +7,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from data.mask_folders import NAMES, write_folders
+from data.mask_folders import NAMES, colours, stripes, write_folders
 from lightning.pytorch import Trainer
 from PIL import Image
-from tasks.runs import checkpoint_of, differences, rows_of
+from tasks.runs import checkpoint_of, differences, rows_of, signal_at, start_command
 
+from acmix.analysis import masks
 from acmix.cli import main
 from acmix.data import Masks
-from acmix.tasks import training_cli
 from acmix.tasks.segmentation import Segmentation, pixel_loss
 
 SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
@@ -220,9 +220,7 @@ def fit(folder):
     """Runs `acmix fit` of the task with a recipe and options; returns its exit code."""
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text(RECIPE.format(folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(training_cli.TASKS, "segmentation", Segmentation)
-        yield lambda *options: main(["fit", "--config", str(recipe), *options])
+    return lambda *options: main(["fit", "--config", str(recipe), *options])
 
 
 @pytest.fixture(scope="module")
@@ -253,10 +251,11 @@ def test_a_run_is_drawn_measured_and_predicts(whole, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_the_same_bits(fit, whole, tmp_path):
-    run = tmp_path / "run"
-    assert fit(f"--run={run}", "--trainer.max_steps=3") == 0  # within an epoch
-    assert checkpoint_of(run)["global_step"] == 3
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
+    run, recipe = tmp_path / "run", whole.parent / "recipe.yaml"
+    options = ["--config", str(recipe), f"--run={run}", "--every_n_steps=1", *signal_at(4, 9)]
+    assert start_command(["fit", *options]).wait() != 0
+    assert checkpoint_of(run)["global_step"] == 3  # within an epoch
     goes_on = ["--config", f"{whole}/config.yaml", f"--run={run}", "--ckpt_path=last"]
     assert main(["fit", *goes_on]) == 0
     one, two = checkpoint_of(whole), checkpoint_of(run)
@@ -272,3 +271,34 @@ def test_a_mask_that_cannot_be_used_ends_a_run_in_one_line(fit, folder, tmp_path
     assert fit(f"--run={tmp_path / 'run'}", f"--data.source={spoilt}") == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert f"data.source: {spoilt}/masks/train/2.png: expected 0 to 2 of the 3 classes" in line
+
+
+@pytest.mark.slow
+def test_own_images_get_masks_and_pictures(whole, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    (images / "deep").mkdir(parents=True)
+    for name, size in {"a": (40, 32), "deep/a": (33, 57)}.items():
+        colours(stripes(size=size)).save(images / f"{name}.png")
+    (images / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(whole), str(images), "--out", str(out)])
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "1 of 3 images could not be read" in said.err
+    for name, size in {"a": (40, 32), "a-2": (33, 57)}.items():
+        with Image.open(out / "masks" / f"{name}.png") as mask:
+            assert (mask.mode, mask.size) == ("P", size)
+            numbers = np.asarray(mask)
+            red, green, blue = masks.colour(int(numbers[0, 0]))
+            shown = np.asarray(mask.convert("RGB"))[0, 0] / 255
+        np.testing.assert_allclose(shown, (red, green, blue), atol=0.01)
+        assert numbers.max() < len(NAMES)
+        assert (out / f"{name}.png").is_file()
+        most = NAMES[np.bincount(numbers.ravel()).argmax()]
+        assert any(f"  {most} " in line for line in said.out.splitlines())
+    first = out / "masks" / "a.png"
+    before = first.read_bytes()
+    only = ["predict", str(whole), str(images / "a.png"), "--out", str(tmp_path / "more")]
+    assert main([*only, "--no-pictures"]) == 0
+    assert (tmp_path / "more" / "masks" / "a.png").read_bytes() == before
+    assert not (tmp_path / "more" / "a.png").exists()

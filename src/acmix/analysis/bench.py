@@ -27,12 +27,13 @@ from torch import Tensor, nn
 import acmix.models  # noqa: F401  registers our networks with timm
 from acmix.detection import create_detector
 from acmix.models._layout import is_convolutional
+from acmix.segmentation import create_segmenter
 
 Step = Callable[[], object]
 RUNS = ("inference", "training")
-SIZES = {"classification": (224, 224), "detection": (800, 1333)}
-BATCHES = {"classification": 4, "detection": 1}
-CLASSES = {"classification": 1000, "detection": 80}
+SIZES = {"classification": (224, 224), "detection": (800, 1333), "segmentation": (512, 512)}
+BATCHES = {"classification": 4, "detection": 1, "segmentation": 1}
+CLASSES = {"classification": 1000, "detection": 80, "segmentation": 150}
 OBJECTS = 8  # of a training image
 # For glibc, before the process starts: every tensor of 64 KiB or more gets pages of its own and
 # gives them back when it is freed.
@@ -41,7 +42,7 @@ HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a network, alone or in a detector, and how it runs.
+    """What is measured: a network, alone or in a detector or segmenter, and how it runs.
 
     head: of the task, such as retinanet; "" for classification. size: height and width in pixels.
     """
@@ -73,6 +74,8 @@ class Subject:
             height, width = sorted(self.size)
             kwargs: dict[str, Any] = {"test_size": height, "max_size": width}
             return create_detector(self.name, self.head, CLASSES[self.task], **kwargs)  # type: ignore[arg-type]
+        if self.task == "segmentation":
+            return create_segmenter(self.name, self.head, CLASSES[self.task])  # type: ignore[arg-type]
         return timm.create_model(self.name, num_classes=CLASSES[self.task])
 
     def _step(self, net: nn.Module) -> Step:
@@ -110,10 +113,11 @@ class Subject:
 
 
 def loss_of(found: Any) -> Tensor:
-    """Of a detector its own; of logits any number that depends on all of them."""
+    """Of a detector its own; of logits, and those of an auxiliary head, one that has all in it."""
     if isinstance(found, dict):
         return torch.stack(list(found.values())).sum()
-    return found.float().square().mean()
+    parts = found if isinstance(found, tuple) else (found,)
+    return torch.stack([part.float().square().mean() for part in parts if part is not None]).sum()
 
 
 @dataclass(frozen=True)

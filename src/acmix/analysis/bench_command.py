@@ -20,11 +20,13 @@ from rich.table import Table
 from acmix.analysis import bench, environment
 from acmix.analysis.costs import check_name
 from acmix.detection import DETECTORS
-from acmix.errors import Parser, UserError, did_you_mean, image_size, user_errors
+from acmix.errors import Parser, UserError, check_one_of, image_size, user_errors
+from acmix.segmentation import DECODERS
 
 DEFAULTS = {
     "classification": ("resnet50_conv", "resnet50_acmix"),
     "detection": ("pvt_tiny_attn", "pvt_tiny_acmix"),
+    "segmentation": ("pvt_tiny_attn", "pvt_tiny_acmix"),
 }
 EXAMPLES = """\
   acmix bench resnet50_conv resnet50_acmix
@@ -73,12 +75,17 @@ def _parser() -> Parser:
         "--detector", default="retinanet", help="of 80 classes, for --task detection (retinanet)"
     )
     parser.add_argument(
+        "--decoder", default="semantic_fpn", help="of 150, for --task segmentation (semantic_fpn)"
+    )
+    parser.add_argument(
         "--run", nargs="+", choices=bench.RUNS, default=["inference"], help="inference by default"
     )
     parser.add_argument(
-        "--size", type=image_size, metavar="S", help="S or HEIGHTxWIDTH (224, or 800x1333)"
+        "--size", type=image_size, metavar="S", help="S or HEIGHTxWIDTH (224, 800x1333, 512)"
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="images a step (4, or 1)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="images a step (4; 1 of a detector or segmenter)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; all by default")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (cpu)")
@@ -96,9 +103,8 @@ def check(options: argparse.Namespace) -> None:
         given = getattr(options, name)
         if given is not None and given < value:
             raise UserError(f"--{name}: expected at least {value}, got {given}")
-    if options.detector not in DETECTORS:
-        known = f"{did_you_mean(options.detector, DETECTORS)} (known: {', '.join(DETECTORS)})"
-        raise UserError(f"--detector: unknown {options.detector!r}{known}")
+    check_one_of("--detector", options.detector, DETECTORS)
+    check_one_of("--decoder", options.decoder, DECODERS)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -113,7 +119,7 @@ def subjects_of(options: argparse.Namespace) -> dict[str, list[bench.Subject]]:
     task = options.task
     shared: dict[str, Any] = {
         "task": task,
-        "head": options.detector if task == "detection" else "",
+        "head": {"detection": options.detector, "segmentation": options.decoder}.get(task, ""),
         "size": options.size or bench.SIZES[task],
         "batch": options.batch or bench.BATCHES[task],
         "dtype": options.dtype,

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from acmix.analysis import costs
 from acmix.detection import Detector, create_detector
 from acmix.detection.cascade import CascadeHeads
+from acmix.segmentation import create_segmenter
 
 PROPOSALS, MASKED = 1000, 100
 DIVISIBLE = 32  # sides of the batch that a detector makes of images
@@ -55,6 +56,32 @@ def detector_costs(
     with torch.no_grad():
         maps = model.features(image)
         return whole(name, detector, size, model, body, lambda: _run_heads(model, maps))
+
+
+def segmenter_costs(name: str, decoder: str, size: tuple[int, int], **options: Any) -> WholeCosts:
+    """Of a segmenter of 150 classes, without an auxiliary head, for one image of this size.
+
+    Raises:
+        ValueError: for a network that is not there or has no maps for a decoder.
+    """
+    costs.check_name(name)
+    with torch.device("meta"):
+        kwargs: dict[str, Any] = {"num_classes": CLASSES["segmentation"], "auxiliary": False}
+        model = create_segmenter(name, decoder, **kwargs, **options).eval()  # type: ignore[arg-type]
+    image = torch.empty(1, 3, *size, device="meta")
+    body = body_macs(model.features.body, image)
+    with torch.no_grad():
+        maps = model.features(image)
+        return whole(name, decoder, size, model, body, lambda: model.decoder(maps))
+
+
+COSTS: dict[str, Callable[..., WholeCosts]] = {
+    "detection": detector_costs,
+    "segmentation": segmenter_costs,
+}
+    "detection": detector_costs,
+    "segmentation": segmenter_costs,
+}
 
 
 def whole(

@@ -9,6 +9,7 @@ import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ from acmix.tasks.own_images import (
 )
 from acmix.tasks.run_folder import nearest_run
 
+OF_TASKS = {
+    "detection": "acmix.tasks.predict_objects",
+    "segmentation": "acmix.tasks.predict_masks",
+}
 FAR = -1e6
 PIXELS = (MaybeToTensor, transforms.Normalize)  # transforms that move none
 LITTLE = 0.25  # part of an image, below which it is said that no more is seen
@@ -72,12 +77,11 @@ class Classifier(NamedTuple):
 def run(args: list[str]) -> None:
     """Print the classes of images as they come; with `--explain`, save pictures too.
 
-    What a network of another task finds goes into files: see `predict_objects`.
+    What a network of another task finds goes into files: `predict_objects`, `predict_masks`.
     """
-    if args and task_of_network(args[0]) == "detection":
-        from acmix.tasks import predict_objects
-
-        predict_objects.run(args)
+    task = task_of_network(args[0]) if args else None
+    if task in OF_TASKS:
+        import_module(OF_TASKS[task]).run(args)
         return
     options = _parser().parse_args(args)
     check_options(options)

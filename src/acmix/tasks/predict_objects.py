@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from acmix.analysis import figures, objects
-from acmix.errors import Parser, UserError, did_you_mean, one_line, printable, user_errors
+from acmix.errors import Parser, UserError, did_you_mean, user_errors
 from acmix.tasks.detection import Detection
-from acmix.tasks.own_images import checkpoint_of, choose_device, find_images, read_image
+from acmix.tasks.own_images import checkpoint_of, choose_device, find_images
+from acmix.tasks.predict_dense import Writer, as_picture, load, make_parser, normalised, write_all
 
 FORMS = ("coco", "yolo", "csv")
 EXAMPLES = """\
@@ -30,14 +27,6 @@ EXAMPLES = """\
   acmix predict runs/cells slides/ --threshold 0.3 --only platelets --out found
   acmix predict runs/cells slides/ --write yolo --no-pictures
 """
-
-
-class Found(NamedTuple):
-    """What was found in an image: its file, its size, and the detections, the surest first."""
-
-    path: Path
-    picture: np.ndarray  # (H, W, 3) in [0, 1]
-    parts: dict[str, Tensor]  # boxes (N, 4), scores (N,), labels (N,) and perhaps masks (N, H, W)
 
 
 def run(args: list[str]) -> None:
@@ -48,45 +37,26 @@ def run(args: list[str]) -> None:
     with user_errors(ValueError, OSError, torch.OutOfMemoryError):
         device = choose_device(options.device)
         paths = find_images(options.images)
-        model, config = load(checkpoint_of(Path(options.network)))
+        model, config = load(Detection, checkpoint_of(Path(options.network)))
         if options.threshold < (least := model.hparams["score_threshold"]):
             raise UserError(
                 f"--threshold: expected {least} or more, which the run has as "
                 f"model.score_threshold, got {options.threshold}"
             )
         labels = chosen_labels(options.only, model.class_names)
-        model.to(device)
-        writer = Writer(
-            Path(options.out),
-            options.write,
-            options.pictures,
-            model.class_names,
-            config.get("category_ids"),
-        )
-        unread = write_all(model, config, paths, options, labels, writer)
-    if unread:
-        print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
-        raise SystemExit(1)
+        writer = ObjectWriter(options, model.to(device), config, labels)
+        write_all(paths, config.get("background", "white"), writer)
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        "acmix predict",
+    parser = make_parser(
         "What a detector finds in images, or in all images of folders: drawn, and as files.",
         EXAMPLES,
-        usage="acmix predict RUN IMAGE_OR_FOLDER ... [options]",
-    )
-    parser.add_argument("network", metavar="RUN", help="run folder, or checkpoint of one")
-    parser.add_argument(
-        "images", metavar="IMAGE_OR_FOLDER", nargs="+", help="a folder with all folders in it"
     )
     parser.add_argument(
         "--threshold", type=float, default=0.5, metavar="S", help="least score (0.5)"
     )
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="of these classes alone")
-    parser.add_argument(
-        "--out", default="predictions", metavar="FOLDER", help="of all files (predictions)"
-    )
     parser.add_argument(
         "--write",
         nargs="+",
@@ -94,22 +64,7 @@ def _parser() -> Parser:
         default=["coco"],
         help="predictions.json of COCO's form (the default), labels/*.txt of YOLO's, or one CSV",
     )
-    parser.add_argument(
-        "--no-pictures", dest="pictures", action="store_false", help="draw no picture of each image"
-    )
-    parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
     return parser
-
-
-def load(path: Path) -> tuple[Detection, dict[str, Any]]:
-    """The detector of a checkpoint, and how an image is prepared; nothing in the file is run."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = Detection(**checkpoint["hyper_parameters"])
-        model.load_state_dict(checkpoint["state_dict"])
-        return model.eval(), checkpoint["input"]
-    except Exception as error:  # of a file that is no checkpoint, torch.load raises anything
-        raise UserError(f"{path} is no checkpoint of acmix fit: {one_line(error)}") from error
 
 
 def chosen_labels(only: Sequence[str] | None, names: Sequence[str]) -> set[int]:
@@ -121,121 +76,59 @@ def chosen_labels(only: Sequence[str] | None, names: Sequence[str]) -> set[int]:
     return {names.index(name) for name in only}
 
 
-@torch.inference_mode()
-def write_all(
-    model: Detection,
-    config: dict[str, Any],
-    paths: Sequence[Path],
-    options: Namespace,
-    labels: set[int],
-    writer: Writer,
-) -> int:
-    """Write what is in each image as it comes; how many could not be read, each is named."""
-    stderr, done = Console(stderr=True), 0
-    shown = track(paths, "images", console=stderr, transient=True, disable=not stderr.is_terminal)
-    try:
-        with writer:
-            for path in shown:
-                try:
-                    image = read_image(path, config.get("background", "white"))
-                except ValueError as error:
-                    print(error, file=sys.stderr)
-                    continue
-                writer.add(find(model, config, path, image, options.threshold, labels))
-                done += 1
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"Stopped after {done} of {len(paths)} images.") from stop
-    return len(paths) - done
-
-
-def find(
-    model: Detection,
-    config: dict[str, Any],
-    path: Path,
-    image: Image.Image,
-    threshold: float,
-    labels: set[int],
-) -> Found:
-    picture = np.asarray(image, dtype=np.float32) / 255
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    pixels = (torch.from_numpy(picture).permute(2, 0, 1) - mean) / std
-    [found] = model.detect([pixels.to(model.device)])
-    wanted = torch.tensor(sorted(labels), device=found["labels"].device)
-    taken = (found["scores"] >= threshold) & torch.isin(found["labels"], wanted)
-    return Found(path, picture, {key: of[taken].cpu() for key, of in found.items()})
-
-
-class Writer:
-    """Files of what was found, image by image; those that hold all images end with the last."""
+class ObjectWriter(Writer):
+    """In one file what is in all images, or a file an image, by the forms that were chosen."""
 
     def __init__(
-        self,
-        folder: Path,
-        forms: Sequence[str],
-        pictures: bool,
-        names: Sequence[str],
-        ids: Sequence[int] | None = None,
+        self, options: Namespace, model: Detection, config: dict[str, Any], labels: set[int]
     ) -> None:
-        """ids: numbers of the classes in COCO's form, from 1 on where the data had none."""
-        self.folder, self.forms, self.pictures, self.names = folder, forms, pictures, names
-        self.ids = list(ids or range(1, len(names) + 1))
+        super().__init__(options)
+        self.forms, self.threshold, self.labels = options.write, options.threshold, sorted(labels)
+        self.model, self.config, self.names = model, config, model.class_names
+        # Numbers of the classes in COCO's form, from 1 on where the data had none.
+        self.ids = list(config.get("category_ids") or range(1, len(self.names) + 1))
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
-        self.stems: Counter[str] = Counter()
 
-    def __enter__(self) -> Writer:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self
+    def write(self, path: Path, image: Image.Image) -> str:
+        stem, marks, number = self.name_of(path), self.find(image), len(self.images) + 1
+        row = {"id": number, "file_name": str(path), "height": image.height, "width": image.width}
+        self.images.append(row)
+        self.annotations += rows_of(marks, number, len(self.annotations) + 1, self.ids)
+        if "yolo" in self.forms:
+            (self.folder / "labels").mkdir(exist_ok=True)
+            lines = "".join(f"{line}\n" for line in yolo_lines(marks, *image.size))
+            (self.folder / "labels" / f"{stem}.txt").write_text(lines)
+        if self.pictures:
+            figure = objects.picture(as_picture(image), marks, self.names)
+            figures.save(figure, self.folder / f"{stem}.png")
+        return said(marks, self.names)
 
-    def __exit__(self, *error: object) -> None:
+    def find(self, image: Image.Image) -> objects.Marks:
+        """The detections with the least score and of the classes that were asked for."""
+        [found] = self.model.detect([normalised(image, self.config).to(self.model.device)])
+        wanted = torch.isin(found["labels"].cpu(), torch.tensor(self.labels))
+        taken = (found["scores"].cpu() >= self.threshold) & wanted
+        return objects.Marks.of({key: of.cpu()[taken] for key, of in found.items()})
+
+    def end(self) -> None:
         if "coco" in self.forms:
-            categories = [
-                {"id": number, "name": name}
-                for number, name in zip(self.ids, self.names, strict=True)
-            ]
+            pairs = zip(self.ids, self.names, strict=True)
             content = {
                 "images": self.images,
                 "annotations": self.annotations,
-                "categories": categories,
+                "categories": [{"id": number, "name": name} for number, name in pairs],
             }
             (self.folder / "predictions.json").write_text(json.dumps(content) + "\n")
         if "csv" in self.forms:
-            self._write_csv()
-        if self.images:
-            print(f"{len(self.images)} images: {self.folder}")
+            with (self.folder / "predictions.csv").open("w", newline="") as table:
+                csv.writer(table).writerows(self.table())
 
-    def add(self, found: Found) -> None:
-        """Take what was found in an image, draw it, and say it in a line."""
-        stem, marks = self._stem(found.path), objects.Marks.of(found.parts)
-        height, width = found.picture.shape[:2]
-        image = {"id": len(self.images) + 1, "file_name": str(found.path)}
-        self.images.append({**image, "height": height, "width": width})
-        self.annotations += rows_of(marks, len(self.images), len(self.annotations) + 1, self.ids)
-        if "yolo" in self.forms:
-            (self.folder / "labels").mkdir(exist_ok=True)
-            lines = "".join(f"{line}\n" for line in yolo_lines(marks, width, height))
-            (self.folder / "labels" / f"{stem}.txt").write_text(lines)
-        if self.pictures:
-            figure = objects.picture(found.picture, marks, self.names)
-            figures.save(figure, self.folder / f"{stem}.png")
-        print(f"{printable(str(found.path))}  {said(marks, self.names)}", flush=True)
-
-    def _stem(self, path: Path) -> str:
-        """A name for the image's files; of a second image of one name with a number."""
-        self.stems[path.stem] += 1
-        number = self.stems[path.stem]
-        return path.stem if number == 1 else f"{path.stem}-{number}"
-
-    def _write_csv(self) -> None:
-        with (self.folder / "predictions.csv").open("w", newline="") as table:
-            writer = csv.writer(table)
-            writer.writerow(("image", "class", "score", "left", "top", "width", "height"))
-            for of in self.annotations:
-                image, name = (
-                    self.images[of["image_id"] - 1],
-                    self.names[self.ids.index(of["category_id"])],
-                )
-                writer.writerow((image["file_name"], name, of["score"], *of["bbox"]))
+    def table(self) -> Iterator[tuple[Any, ...]]:
+        yield ("image", "class", "score", "left", "top", "width", "height")
+        for row in self.annotations:
+            file = self.images[row["image_id"] - 1]["file_name"]
+            yield (file, self.names[self.ids.index(row["category_id"])], row["score"], *row["bbox"])
 
 
 def rows_of(
