@@ -79,9 +79,6 @@ COSTS: dict[str, Callable[..., WholeCosts]] = {
     "detection": detector_costs,
     "segmentation": segmenter_costs,
 }
-    "detection": detector_costs,
-    "segmentation": segmenter_costs,
-}
 
 
 def whole(
