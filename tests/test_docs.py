@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
         ("README.md", 1),
         ("docs/convert.md", 3),
         ("docs/predict.md", 0),
+        ("docs/detection.md", 0),
         ("docs/segmentation.md", 0),
     ],
 )

@@ -343,3 +343,18 @@ def test_held_out_images_without_any_object_have_no_precision(tmp_path, capsys):
     path.write_text(json.dumps(content))
     assert main(command(file, tmp_path / "run", "--trainer.max_steps", "1")) == 2
     assert "data: expected objects in the images to measure on, got none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_variants_of_the_operator_are_trained_side_by_side(tmp_path, capsys):
+    out = tmp_path / "paths"
+    args = ["--seeds", "1", "--variants", "conv", "acmix", "--trainer.max_epochs", "1"]
+    assert (
+        main(["ablate", "paths", "--config", str(recipe(tmp_path)), *args, "--out", str(out)]) == 0
+    )
+    assert "held-out AP" in capsys.readouterr().out
+    rows = rows_of(out, "results.csv")
+    assert [row["variant"] for row in rows] == ["conv", "acmix"]
+    assert all(0 <= float(row["ap"]) <= 1 for row in rows)
+    assert int(rows[0]["parameters"]) != int(rows[1]["parameters"])
+    assert all(float(row["infer_images_per_second"]) > 0 for row in rows)

@@ -302,3 +302,12 @@ def test_own_images_get_masks_and_pictures(whole, tmp_path, capsys):
     assert main([*only, "--no-pictures"]) == 0
     assert (tmp_path / "more" / "masks" / "a.png").read_bytes() == before
     assert not (tmp_path / "more" / "a.png").exists()
+
+
+@pytest.mark.slow
+def test_variants_of_the_operator_are_trained_side_by_side(whole, tmp_path, capsys):
+    out, recipe = tmp_path / "paths", whole.parent / "recipe.yaml"
+    args = ["--seeds", "1", "--variants", "conv", "acmix", "--trainer.max_epochs", "1"]
+    assert main(["ablate", "paths", "--config", str(recipe), *args, "--out", str(out)]) == 0
+    assert "held-out mean IoU" in capsys.readouterr().out
+    assert all(0 <= float(row["miou"]) <= 1 for row in rows_of(out, "results.csv"))

@@ -426,10 +426,13 @@ def _mark(axes: Axes, pixel: tuple[int, int], of: Sequence[int], image: Sequence
 
 
 @matplotlib.rc_context(STYLE)
-def ablation(rows: Sequence[Row], title: str) -> Figure:
-    """Accuracy and speed by variant: a dot a run, the line their mean and standard deviation.
+def ablation(
+    rows: Sequence[Row], title: str, measured: str = "accuracy", measure: str = "accuracy"
+) -> Figure:
+    """What is measured and speed by variant: a dot a run, the line their mean and deviation.
 
-    Rows hold variant, accuracy and {train,infer}_images_per_second.
+    Rows hold variant, {train,infer}_images_per_second and what is `measured`, which people call
+    measure.
     """
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     figure = Figure(figsize=(12, 1.6 + 0.42 * len(variants)))
@@ -437,8 +440,8 @@ def ablation(rows: Sequence[Row], title: str) -> Figure:
     grid = figure.subplots(1, 3, sharey=True)
     for axes, column, name in zip(
         grid,
-        ("accuracy", "train_images_per_second", "infer_images_per_second"),
-        ("Held-out accuracy", "Training, images/s", "Inference, images/s"),
+        (measured, "train_images_per_second", "infer_images_per_second"),
+        (f"Held-out {measure}", "Training, images/s", "Inference, images/s"),
         strict=True,
     ):
         for place, variant in enumerate(variants):

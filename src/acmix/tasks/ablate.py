@@ -17,15 +17,15 @@ from typing import Any
 
 import timm
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
 
 from acmix.analysis import figures
 from acmix.errors import Parser, UserError, user_errors
 from acmix.models import list_models
 from acmix.tasks import command
-from acmix.tasks.base import nested
+from acmix.tasks.base import Task, nested
 from acmix.tasks.callbacks import Row, write_csv
 from acmix.tasks.console import console
 from acmix.tasks.training_cli import TrainingCLI, make
@@ -95,8 +95,9 @@ def run(args: list[str], debug: bool = False) -> None:
         write_csv(out / "results.csv", rows)
         seeds = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
         title = f"{TITLES[options.study]}: {base.config['model']['name']}, {seeds}"
-        figures.save(figures.ablation(rows, title), out / "ablation.png")
-    show(rows, variants)
+        picture = figures.ablation(rows, title, column_of(base.task.monitor), base.task.measure)
+        figures.save(picture, out / "ablation.png")
+    show(rows, variants, base.task)
     print(f"{out}/results.csv, ablation.png, and a run folder each")
 
 
@@ -205,7 +206,7 @@ def row_of(variant: str, seed: int, summary: dict[str, Any], monitor: str) -> Ro
     return {
         "variant": variant,
         "seed": seed,
-        "accuracy": summary[monitor],
+        column_of(monitor): summary[monitor],
         "train_images_per_second": summary["images_per_second"],
         "infer_images_per_second": None,
         "parameters": summary["parameters"],
@@ -213,16 +214,21 @@ def row_of(variant: str, seed: int, summary: dict[str, Any], monitor: str) -> Ro
     }
 
 
+def column_of(monitor: str) -> str:
+    """Of what is measured, in the table."""
+    return monitor.removeprefix("val_")
+
+
 @torch.inference_mode()
 def inference_speeds(base: TrainingCLI, variants: dict[str, list[str]]) -> dict[str, float]:
     """Images/s of a batch of held-out images by variant, by turns: the best of TURNS."""
     device = base.trainer.strategy.root_device
-    images: Tensor = next(iter(base.datamodule.val_dataloader()))[0].to(device)
+    images = move_data_to_device(next(iter(base.datamodule.val_dataloader()))[0], device)
     models = {}
     for variant, (_, name, _, model_kwargs) in variants.items():
         hparams = {**base.model.hparams, "name": name, "model_kwargs": json.loads(model_kwargs)}
         models[variant] = base.task(**hparams).to(device).eval()
-        models[variant](images)
+        models[variant].look(images)
     best = dict.fromkeys(variants, 0.0)
     for _ in range(TURNS):
         for variant, model in models.items():
@@ -230,20 +236,20 @@ def inference_speeds(base: TrainingCLI, variants: dict[str, list[str]]) -> dict[
     return best
 
 
-def images_per_second(model: nn.Module, images: Tensor, seconds: float = 0.3) -> float:
+def images_per_second(model: Task, images: Any, seconds: float = 0.3) -> float:
     """Of as many batches as it takes to fill the time."""
     batches, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
-        model(images)
-        if images.device.type != "cpu":
+        model.look(images)
+        if model.device.type != "cpu":
             torch.accelerator.synchronize()
         batches += 1
     return batches * len(images) / passed
 
 
-def show(rows: list[Row], variants: Iterable[str]) -> None:
+def show(rows: list[Row], variants: Iterable[str], task: type[Task]) -> None:
     table = Table(
-        *("variant", "held-out accuracy", "training, images/s", "inference, images/s"),
+        *("variant", f"held-out {task.measure}", "training, images/s", "inference, images/s"),
         *("parameters", "seeds"),
         box=None,
     )
@@ -251,9 +257,9 @@ def show(rows: list[Row], variants: Iterable[str]) -> None:
         of = [row for row in rows if row["variant"] == variant]
         table.add_row(
             escape(variant),
-            spread([100 * row["accuracy"] for row in of], "{:.2f}") + " %",
-            spread([row["train_images_per_second"] for row in of], "{:,.0f}"),
-            f"{of[0]['infer_images_per_second']:,.0f}",
+            spread([100 * row[column_of(task.monitor)] for row in of], "{:.2f}") + " %",
+            spread([row["train_images_per_second"] for row in of], "{:,.3g}"),
+            f"{of[0]['infer_images_per_second']:,.3g}",
             f"{of[0]['parameters']:,}",
             str(len(of)),
         )

@@ -197,6 +197,10 @@ class Task(LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return (self.net if self.training else self.measured)(images, *known)
 
+    def look(self, images: Any) -> Any:
+        """What is found in the images of a held-out batch, as it is measured."""
+        return self(images)
+
     def train(self, mode: bool = True) -> Task:
         super().train(mode)
         for module in self._frozen:

@@ -158,6 +158,9 @@ class Detection(DenseTask):
         metric.update(found, targets)
         return found
 
+    def look(self, images: Images) -> Targets:
+        return self.detect(images)
+
     def detect(self, images: Images) -> Targets:
         """Of each image boxes (N, 4), scores (N,), labels (N,) and masks (N, H, W) of bool."""
         found = []

@@ -222,6 +222,9 @@ class Segmentation(DenseTask):
             batch = torch.stack([image for image, _ in group])
             yield from log_probabilities(self, batch, size, self.views, align_corners)
 
+    def look(self, images: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.segment(images, [size_of(image) for image in images]))
+
     def segment(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor]:
         """The class of every pixel of each image, (H, W) at its size."""
         return (classes_of(found, 0) for found in self.log_probabilities(images, sizes))
