@@ -168,11 +168,11 @@ def measure(
         progress: Called after each step, and after each measurement of memory.
     """
     torch.set_num_threads(subjects[0].threads)
+    built = [subject.build() for subject in subjects]
     peaks = []
     for subject in subjects:
         peaks.append(peak_memory(subject))
         progress()
-    built = [subject.build() for subject in subjects]
     seconds = take_turns([step for _, step in built], turns, subjects[0].device, progress)
     return [
         Measured(subject, sum(of.numel() for of in net.parameters()), times, peak)
