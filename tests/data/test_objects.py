@@ -9,6 +9,7 @@ from data.scenes import (
     IDS,
     NAMES,
     change,
+    coco_row,
     scene,
     voc_xml,
     write_coco,
@@ -19,9 +20,11 @@ from data.scenes import (
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 from acmix.data import Objects
 from acmix.data.base import DetectionData
+from acmix.data.records import decode
 
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 
@@ -124,6 +127,31 @@ def test_masks_are_those_of_pycocotools(tmp_path):
     assert target["iscrowd"].tolist() == [False, False, False, True]
 
 
+def test_polygons_keep_their_precision(tmp_path):
+    """0.7 in float32 lies on the other side of an edge of the grid that masks are drawn on."""
+    corners = [[10.7, 5.7, 30.3, 5.7, 30.3, 20.7, 10.7, 20.7], [1.1, 2.3, 9.7, 3.1, 5.7, 19.9]]
+    rows = [coco_row(n, 100, 0, (1, 2, 30, 21), of) for n, of in enumerate(corners)]
+    edit(write_coco(tmp_path), "val", lambda c: c["annotations"].extend(rows))
+    truth = COCO(str(tmp_path / "instances_val.json"))
+    expected = np.stack([truth.annToMask(row) for row in rows])
+    np.testing.assert_array_equal(objects(tmp_path, masks=True).val_set()[0][1]["masks"], expected)
+
+
+def test_without_an_area_it_is_that_of_the_mask_or_of_the_box(tmp_path):
+    def spoil(content):
+        of_mask, of_box = content["annotations"][-2:]
+        of_box["segmentation"] = []
+        del of_mask["area"], of_box["area"]
+
+    held_out = objects(edit(write_coco(tmp_path, val=9), "val", spoil), masks=False).val_set()
+    records = held_out.records
+    of_mask, of_box = [of for record in records for of in record.objects][-2:]
+    [size] = {record.size for record in records if of_mask in record.objects}
+    assert of_mask.area == decode(of_mask.mask, size).sum()
+    left, top, right, bottom = of_box.box
+    assert of_box.area == (right - left) * (bottom - top)
+
+
 def test_crowds_are_no_part_of_training(tmp_path):
     data = objects(masks_in_every_code(tmp_path), masks=True)
     assert len(data.train_set()[0][1]["labels"]) == 3
@@ -166,6 +194,8 @@ def test_large_scale_jitter_crops_to_one_size_and_drops_what_is_not_seen(tmp_pat
             lengths = {len(target[key]) for key in ("boxes", "labels", "area", "iscrowd", "masks")}
             assert len(lengths) == 1
             torch.testing.assert_close(target["area"], sides.prod(1))
+            tight = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
+            assert torch.equal(target["boxes"], tight)  # the mask may end before the crop does
             counts.add(len(target["labels"]) < len(boxes_of(index)))
     assert counts == {True, False}
 
@@ -231,11 +261,16 @@ FAULTS = {
     "sticks out": ({"bbox": [-9, 10, 30, 20]}, "leaves its image of"),
     "no area": ({"bbox": [5, 5, 0, 20]}, "expected right > left and bottom > top"),
     "swapped": ({"bbox": [30, 30, -20, -20]}, "expected right > left and bottom > top"),
+    "beside": ({"bbox": [-1, 5, 1, 20]}, "the box (-1, 5, 0, 25) leaves its image of"),
+    "text": ({"bbox": ["a", 5, 20, 20]}, "expected four numbers of a box"),
+    "area": ({"area": float("nan")}, "expected an area of 0 or more, got nan"),
+    "negative area": ({"area": -1}, "expected an area of 0 or more, got -1"),
     "zeros": ({"bbox": [0, 0, 0, 0]}, "an image without objects has no box at all"),
     "not finite": ({"bbox": [float("nan"), 5, 20, 20]}, "expected a box of finite numbers"),
-    "three numbers": ({"bbox": [1, 5, 20]}, "not enough values"),
+    "three numbers": ({"bbox": [1, 5, 20]}, "expected four numbers of a box, got [1, 5, 20]"),
     "no box": ({"bbox": None}, "expected bbox, got none"),
     "unknown class": ({"category_id": 4}, "category_id 4 is not among the categories"),
+    "class of classes": ({"category_id": [3]}, "category_id [3] is not among the categories"),
     "unknown image": ({"image_id": 77}, "image_id 77 is not among the images"),
     "mask of another size": (
         {"segmentation": {"size": [10, 10], "counts": [100]}},
@@ -244,6 +279,18 @@ FAULTS = {
     "runs too short": (
         {"segmentation": {"size": [96, 64], "counts": [5, 5]}},
         "the runs of the mask sum to 10, not 6144",
+    ),
+    "runs below zero": (
+        {"segmentation": {"size": [96, 64], "counts": [-1, 6145]}},
+        "expected run lengths of whole numbers from 0",
+    ),
+    "runs cut off": (
+        {"segmentation": {"size": [96, 64], "counts": "abc"}},
+        "a mask cannot be decoded: ",
+    ),
+    "far point": (
+        {"segmentation": [[1, 1, 5, 5, 1, 1e9]]},
+        "a polygon has a point far from its image of 64x96",
     ),
     "two points": ({"segmentation": [[1, 1, 5, 5]]}, "expected a polygon of three points or more"),
     "polygon of nothing": ({"segmentation": [["a"] * 6]}, "expected polygons of numbers"),
@@ -273,6 +320,26 @@ def test_skip_goes_on_without_it_and_counts(changes, said, tmp_path, capsys):
     assert line.startswith("data.source: left out 1 fault in val, such as ")
 
 
+def test_several_faults_are_named_and_the_others_counted(tmp_path):
+    def spoil(content):
+        for row in content["annotations"][:5]:
+            row["category_id"] = 4
+
+    data = objects(edit(write_coco(tmp_path), "train", spoil))
+    with pytest.raises(
+        ValueError, match=r"annotation 1: .*; .*annotation 3: .* and 2 more \(acmix"
+    ):
+        data.train_set()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_faults_of_either_part_end_a_run_before_its_first_step(part, tmp_path):
+    data = objects(change(write_coco(tmp_path), part, bbox=[5, 5, 0, 9]))
+    data.setup("validate")
+    with pytest.raises(ValueError, match=f"instances_{part}.json, annotation "):
+        data.setup("fit")
+
+
 def test_a_box_that_rounding_brought_out_is_cut(tmp_path):
     root = change(write_coco(tmp_path), "val", bbox=[-0.5, 3, 20.5, 20])
     data = objects(root)
@@ -293,10 +360,12 @@ def edit(root, part, function):
     [
         (lambda c: c["images"][1].update(file_name="gone.png"), "no file gone.png"),
         (lambda c: c["images"][1].update(id=0), "the id of another image"),
+        (lambda c: c["images"][1].update(file_name="2.png"), "the file 2.png of another image"),
+        (lambda c: c["images"][1].update(width=float("inf")), "expected id, file_name and size"),
         (lambda c: c["images"][1].pop("width"), "expected id, file_name and size"),
         (lambda c: c["images"][1].update(height=0), "expected a size, got (96, 0)"),
     ],
-    ids=["missing file", "one id twice", "no width", "no height"],
+    ids=["missing file", "one id twice", "one file twice", "endless", "no width", "no height"],
 )
 def test_an_image_that_cannot_be_had_is_named_once(function, said, tmp_path, capsys):
     root = edit(write_coco(tmp_path), "train", function)
@@ -345,14 +414,23 @@ def test_an_image_of_another_size_than_said_is_named(tmp_path):
     root = write_coco(tmp_path)
     Image.new("RGB", (33, 20)).save(root / "images" / "102.png")
     with pytest.raises(ValueError, match=r"102.png: the image is 33x20, its annotation says 64x96"):
-        objects(root).val_set()[2]
+        objects(root).val_set()
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     root = write_coco(tmp_path)
     (root / "images" / "102.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"data.source: cannot read .*102.png: no image"):
-        objects(root).val_set()[2]
+    with pytest.raises(ValueError, match=r"data.source: .*102.png: no image"):
+        objects(root).val_set()
+
+
+def test_a_file_that_is_cut_off_is_named_when_it_is_read(tmp_path):
+    file = write_coco(tmp_path) / "images" / "102.png"
+    file.write_bytes(file.read_bytes()[:-400])
+    images = objects(tmp_path).val_set()
+    with pytest.raises(ValueError, match=r"data.source: cannot read .*102.png: "):
+        images[2]
+    assert len(objects(tmp_path, on_error="skip").val_set()) == 2
 
 
 def test_skip_leaves_out_images_that_cannot_be_had(tmp_path, capsys):
@@ -366,11 +444,50 @@ def test_skip_leaves_out_images_that_cannot_be_had(tmp_path, capsys):
     assert "102.png: no image" in lines[1]
 
 
-def test_masks_that_are_asked_for_and_not_there_are_named(tmp_path):
+def test_masks_that_are_asked_for_and_not_there_are_named(tmp_path, capsys):
     root = change(write_coco(tmp_path), "train", segmentation=[])
     assert len(objects(root).train_set()) == 6
-    with pytest.raises(ValueError, match=r"expected a mask for every object .* in 1 images"):
+    with pytest.raises(ValueError, match=r"a mask for every object, got .* in 1 images of train"):
         objects(root, masks=True).train_set()
+    skipping = objects(root, masks=True, on_error="skip").train_set()
+    assert len(skipping[5][1]["labels"]) == len(scene(5)[1]) - 1
+    assert "left out the objects without a mask in 1 images of train" in capsys.readouterr().err
+
+
+# Where files lie
+
+
+def test_files_beside_the_images_of_their_part_are_found(tmp_path):
+    """As Roboflow writes them."""
+    root = write_coco(tmp_path)
+    for part, new in (("train", "train"), ("val", "valid")):
+        content = json.loads((root / f"instances_{part}.json").read_text())
+        (root / new).mkdir()
+        (root / f"instances_{part}.json").rename(root / new / "_annotations.coco.json")
+        for row in content["images"]:
+            name = row["file_name"]
+            (root / "images" / name).rename(root / new / name)
+    data = objects(root)
+    assert (len(data.train_set()), len(data.val_set())) == (6, 3)
+
+
+def test_files_of_other_tasks_are_passed_over(tmp_path):
+    root = write_coco(tmp_path)
+    (root / "annotations").mkdir()
+    for name in ("image_info_test2017", "captions_train2017", "person_keypoints_val2017"):
+        (root / "annotations" / f"{name}.json").write_text("{}")
+    data = objects(root)
+    assert (len(data.train_set()), len(data.val_set()), data.test_set()) == (6, 3, None)
+
+
+def test_images_are_taken_as_they_are_stored(tmp_path):
+    """EXIF's orientation is not followed: boxes are in the coordinates of what is stored."""
+    root = write_coco(tmp_path)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    file = root / "images" / "101.png"
+    Image.open(file).save(file, exif=turned)
+    assert objects(root).val_set()[1][0].shape == (3, *scene(101)[0].size[::-1])
 
 
 def test_a_folder_of_nothing_says_what_was_looked_for(tmp_path):
@@ -448,6 +565,58 @@ def test_missing_and_unknown_things_of_voc_are_named(tmp_path):
     assert any("class 'pyramid' is not among" in of for of in objects(root).faults("val"))
 
 
+def voc_object(*corners, name="box", difficult=0):
+    sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
+    marked = f"<difficult>{difficult}</difficult>"
+    return f"<object><name>{name}</name>{marked}<bndbox>{box}</bndbox></object>"
+
+
+SIZED = "<annotation><size><width>96</width><height>64</height></size>{}</annotation>"
+
+
+def with_voc(root, content):
+    """The second training file says this instead; its image is 96 x 64."""
+    encoded = content if isinstance(content, bytes) else content.encode()
+    (write_voc(root) / "Annotations" / "1.xml").write_bytes(encoded)
+    return root
+
+
+VOC_FAULTS = {
+    "zeros": (voc_object(0, 0, 0, 0), "1.xml, object 2: a box of zeros; an image without objects"),
+    "swapped": (voc_object(20, 6, 10, 17), "1.xml, object 2: expected right > left"),
+    "text": (voc_object("a", 6, 10, 17), "1.xml, object 2: could not convert string to float"),
+    "no box": ("<object><name>box</name></object>", "1.xml, object 2: expected bndbox/xmin"),
+    "not finite": (voc_object("nan", 6, 10, 17), "1.xml, object 2: expected a box of finite"),
+}
+
+
+@pytest.mark.parametrize(("row", "said"), VOC_FAULTS.values(), ids=VOC_FAULTS)
+def test_faults_of_voc_are_named_with_file_and_object(row, said, tmp_path):
+    good = voc_object(5, 6, 14, 17)
+    root = with_voc(tmp_path, SIZED.format(f"{good}{row}{good}"))
+    [fault] = objects(root).faults("train")
+    assert said in fault
+    skipping = objects(root, on_error="skip").train_set()
+    assert len(skipping[1][1]["labels"]) == 2
+
+
+GROWING = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + SIZED.format("&y;")
+VOC_FILES = {
+    "empty": ("", "1.xml: no element found: line 1"),
+    "entities in UTF-16": (GROWING.encode("utf-16"), "expected XML without a document type"),
+    "encoding": ('<?xml version="1.0" encoding="x"?><annotation/>', "1.xml: unknown encoding"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), VOC_FILES.values(), ids=VOC_FILES)
+def test_files_of_voc_that_cannot_be_read_are_named(content, said, tmp_path):
+    root = with_voc(tmp_path, content)
+    [fault] = objects(root).faults("train")
+    assert said in fault
+    assert len(objects(root, on_error="skip").train_set()) == 3
+
+
 # YOLO
 
 
@@ -460,28 +629,36 @@ def test_polygons_of_yolo_are_masks(tmp_path):
             part = float(mask.sum()) / area
             assert part > 0.9 if label else 0.6 < part < 0.95
             assert mask.shape == image.shape[1:]
+        assert target["area"].tolist() == target["masks"].sum((1, 2)).tolist()
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("0 0.5 0.5 0.2", "expected a class and 4 numbers, or 6 and more"),
-        ("9 0.5 0.5 0.2 0.2", "class 9 is not among the 3 classes, from 0"),
-        ("0.5 0.5 0.5 0.2 0.2", "class 0.5 is not among"),
-        ("disc 0.5 0.5 0.2 0.2", "expected numbers, got 'disc"),
-        ("0 0.5 0.5 1.5 0.2", "leaves its image of"),
-        ("0 0.5 0.5 0 0.2", "expected right > left"),
-        ("0 0 0 0 0", "an image without objects has no box at all"),
-    ],
-    ids=lambda value: value.split(" ")[0] if value[0].isdigit() else None,
-)
-def test_faults_of_a_line_are_named(line, said, tmp_path):
-    root = write_yolo(tmp_path)
-    file = root / "labels" / "val" / "100.txt"
-    file.write_text(f"{file.read_text()}{line}\n")
-    [fault] = objects(root).faults("val")
-    assert f"100.txt, line {len(scene(100)[1]) + 1}: " in fault
+YOLO_FAULTS = {
+    "words": (b"disc 0.5 0.5 0.1 0.1", "expected numbers, got 'disc 0.5 0.5 0.1 0.1'"),
+    "no text": (b"\xff 0.5 0.5 0.1 0.1", "expected numbers, got"),
+    "few numbers": (b"1 0.5 0.5 0.1", "expected a class and 4 numbers, or 6 and more"),
+    "a score": (b"1 0.5 0.5 0.1 0.1 0.9", "expected a class and 4 numbers, or 6 and more"),
+    "class": (b"3 0.5 0.5 0.1 0.1", "class 3 is not among the 3 classes, from 0"),
+    "part of a class": (b"0.5 0.5 0.5 0.1 0.1", "class 0.5 is not among the 3 classes"),
+    "endless class": (b"inf 0.5 0.5 0.1 0.1", "class inf is not among the 3 classes"),
+    "no class": (b"nan 0.5 0.5 0.1 0.1", "class nan is not among the 3 classes"),
+    "not finite": (b"1 nan 0.5 0.1 0.1", "expected a box of finite numbers"),
+    "zeros": (b"0 0 0 0 0", "a box of zeros; an image without objects has no box at all"),
+    "no width": (b"1 0.5 0.5 0 0.1", "expected right > left and bottom > top"),
+    "pixels": (b"1 20 15 10 6", "leaves its image of"),
+    "wide": (b"1 0.5 0.5 1.5 0.2", "leaves its image of"),
+    "at the edge": (b"1 -0.005 0.5 0.01 0.1", "leaves its image of"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), YOLO_FAULTS.values(), ids=YOLO_FAULTS)
+def test_faults_of_yolo_are_named_with_file_and_line(line, said, tmp_path):
+    good = b"1 0.5 0.5 0.25 0.2"
+    file = write_yolo(tmp_path) / "labels" / "train" / "1.txt"
+    file.write_bytes(b"\n".join([good, b"", line, good]))
+    [fault] = objects(tmp_path).faults("train")
+    assert fault.startswith(f"{file}, line 3: ")
     assert said in fault
+    assert len(objects(tmp_path, on_error="skip").train_set()[1][1]["labels"]) == 2
 
 
 def test_an_image_of_yolo_without_a_file_has_no_objects(tmp_path):

@@ -15,11 +15,16 @@ from acmix.data.records import (
     Annotations,
     Object,
     Record,
+    checked_area,
     checked_box,
     checked_polygons,
     checked_run_lengths,
+    four_numbers,
 )
 from acmix.errors import printable
+
+OF_OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+BESIDE_IMAGES = "_annotations.coco.json"  # within the folder of a part, as Roboflow writes it
 
 
 def read_coco(file: Path, folders: list[Path]) -> Annotations:
@@ -79,11 +84,12 @@ def images_of(
 ) -> dict[Any, Record | None]:
     """Records by the image's id; None for an image that cannot be had."""
     images: dict[Any, Record | None] = {}
+    taken: set[str] = set()
     for number, row in enumerate(rows):
         try:
             key, name = row["id"], str(row["file_name"])
             size = (int(row["width"]), int(row["height"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             found.fault(f"{file}, image {number}", f"expected id, file_name and size: {error}")
             continue
         if key in images:
@@ -96,23 +102,28 @@ def images_of(
             found.fault(f"{file}, image {key}", what)
             images[key] = None
             continue
+        if path in taken:
+            found.fault(f"{file}, image {key}", f"the file {printable(name)} of another image")
+            images[key] = None
+            continue
+        taken.add(path)
         images[key] = Record(path, key if isinstance(key, int) else number, size, [])
     return images
 
 
 def object_of(row: dict[str, Any], record: Record, places: dict[int, int]) -> Object:
-    left, top, width, height = row["bbox"]
+    left, top, width, height = four_numbers(row["bbox"])
     box = checked_box((left, top, left + width, top + height), record.size)
     category = row["category_id"]
-    if category not in places:
+    if not isinstance(category, int) or category not in places:
         raise ValueError(f"category_id {category!r} is not among the categories")
     mask = row.get("segmentation") or None
     if isinstance(mask, dict):
         mask = checked_run_lengths(mask, record.size)
     elif mask is not None:
-        mask = checked_polygons(mask)
-    area = row.get("area") or (box[2] - box[0]) * (box[3] - box[1])
-    return Object(places[category], box, float(area), bool(row.get("iscrowd", 0)), mask)
+        mask = checked_polygons(mask, record.size)
+    area = checked_area(row.get("area"), box, mask, record.size)
+    return Object(places[category], box, area, bool(row.get("iscrowd", 0)), mask)
 
 
 def _missing(error: KeyError, row: Any) -> str:
@@ -126,7 +137,9 @@ def part_files(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
     """JSON files that look like those of a part, the likeliest first."""
     folders = (root / "annotations", root)
     there = [file for folder in folders for file in sorted(folder.glob("*.json"))]
+    there = [file for file in there if not file.name.startswith(OF_OTHER_TASKS)]
     for name in names:
+        yield from (file for file in [root / name / BESIDE_IMAGES] if file.is_file())
         stems = [file for file in there if name in file.stem.rstrip("0123456789").split("_")]
         yield from sorted(stems, key=lambda file: not file.stem.startswith("instances"))
 
@@ -136,4 +149,5 @@ def image_folders(root: Path, file: Path) -> list[Path]:
     part = file.stem.rpartition("_")[2]
     plain = part.rstrip("0123456789")
     names = ("images", part, plain, f"images/{part}", f"images/{plain}", "")
-    return [root / name for name in dict.fromkeys(names) if (root / name).is_dir()]
+    folders = [*(root / name for name in dict.fromkeys(names)), file.parent]
+    return [folder for folder in folders if folder.is_dir()]

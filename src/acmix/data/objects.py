@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -121,6 +122,7 @@ class Objects(DetectionData):
         )
         self.min_box = min_box
         self.known: dict[str, Annotations | None] = {}
+        self.wrong_files: dict[str, list[str]] = {}
         training = self._open("train")
         if training is None:
             raise ValueError(self._nothing("train"))
@@ -129,6 +131,11 @@ class Objects(DetectionData):
             raise ValueError(f"data.source: expected classes in {printable(self.source)}, got none")
         self.input_config = {"mean": mean, "std": std, "background": background}
         self.input_config |= {"category_ids": self.category_ids}
+
+    def setup(self, stage: str) -> None:
+        """Faults of held-out images, too, end a run before its first step."""
+        for part in ("train", "val") if stage == "fit" else ():
+            self._records(part)
 
     def train_set(self) -> Dataset[Sample]:
         records = self._records("train")
@@ -172,30 +179,35 @@ class Objects(DetectionData):
         return list(images), list(targets)
 
     def _set(self, records: list[Record], transform: Transform | None = None) -> Dataset[Sample]:
-        if self.with_masks:
-            check_masks(records, self.source)
         normalise = partial(F.normalize, mean=list(self.mean), std=list(self.std))
         min_box, background = self.min_box, self.background
         return ObjectImages(records, transform, normalise, self.with_masks, min_box, background)
 
     def _records(self, part: str, checked: bool = True) -> list[Record]:
         """Of the training or held-out images, whichever way they are divided."""
-        if part == "test" or not self.val_fraction:
-            return self._known(part, checked).records
-        records = self._known("train", checked).records
-        order = np.random.default_rng(self.split_seed).permutation(len(records))
-        held = set(order[: max(1, round(self.val_fraction * len(records)))].tolist())
-        return [of for n, of in enumerate(records) if (n in held) == (part == "val")]
+        divided = self.val_fraction and part != "test"
+        records = self._known("train" if divided else part, checked).records
+        if divided:
+            order = np.random.default_rng(self.split_seed).permutation(len(records))
+            held = set(order[: max(1, round(self.val_fraction * len(records)))].tolist())
+            records = [of for n, of in enumerate(records) if (n in held) == (part == "val")]
+        if checked and self.with_masks:
+            return with_masks_only(records, part, self.on_error)
+        return records
 
     def _known(self, part: str, checked: bool) -> Annotations:
         known = self._open(part)
         if known is None:
             raise ValueError(self._nothing(part))
-        if checked and known.faults and self.on_error == "raise":
-            raise ValueError(
-                f"data.source: {few(known.faults, 1)} (acmix check names all, "
-                "--data.on_error skip goes on without them)"
-            )
+        if checked and self.on_error == "raise":
+            if part not in self.wrong_files:
+                self.wrong_files[part] = wrong_files(known.records)
+            if faults := known.faults + self.wrong_files[part]:
+                more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+                raise ValueError(
+                    f"data.source: {'; '.join(faults[:3])}{more} (acmix check names all, "
+                    "--data.on_error skip goes on without them)"
+                )
         if known.class_names != self.class_names:
             raise ValueError(
                 "data.source: expected the same classes in every part, got "
@@ -310,6 +322,19 @@ def open_stored(record: Record) -> Image.Image:
     return image
 
 
+def wrong_files(records: list[Record]) -> list[str]:
+    """What the heads of the image files tell at once: no image, or one of another size."""
+
+    def wrong(record: Record) -> str | None:
+        try:
+            open_stored(record).close()
+        except Exception as error:  # of a broken file, Pillow raises anything
+            return f"{printable(record.path)}: {why_unreadable(error)}"
+        return None
+
+    return [found for found in in_threads(wrong, records) if found]
+
+
 def leave_out_broken(known: Annotations, background: str) -> None:
     """Read every image once; those that cannot be had become faults."""
     pictures = [Picture(of.path, (), partial(open_stored, of)) for of in known.records]
@@ -353,12 +378,26 @@ def train_transform(
         padding: Any = {tv_tensors.Image: fill, "others": 0}
         steps.append(v2.ScaleJitter((side, side), scale, antialias=True))
         steps.append(v2.RandomCrop((side, side), pad_if_needed=True, fill=padding))
+        steps.append(around_masks)
     else:
         steps.append(v2.RandomShortestSize(sizes, max_size, antialias=True))
     steps.append(v2.RandomHorizontalFlip(hflip))
     steps.append(v2.RandomPhotometricDistort(p=distort))
     steps.append(v2.ClampBoundingBoxes())
     return v2.Compose(steps)
+
+
+def around_masks(
+    image: tv_tensors.Image, target: dict[str, Tensor]
+) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
+    """Boxes around what a crop left of the masks; without masks, as the crop cut them."""
+    if "masks" in target:
+        seen = target["masks"].bool().flatten(1).any(1)
+        target = {key: tv_tensors.wrap(of[seen], like=of) for key, of in target.items()}
+        boxes = masks_to_boxes(target["masks"].as_subclass(Tensor)).float()
+        boxes[:, 2:] += 1  # the last pixel belongs to the box
+        target["boxes"] = tv_tensors.wrap(boxes, like=target["boxes"])
+    return image, target
 
 
 def only_visible(target: dict[str, Tensor], min_box: float) -> dict[str, Tensor]:
@@ -375,13 +414,21 @@ def only_visible(target: dict[str, Tensor], min_box: float) -> dict[str, Tensor]
     return {**kept, "area": sides[seen].prod(1)}
 
 
-def check_masks(records: list[Record], source: str) -> None:
+def with_masks_only(records: list[Record], part: str, on_error: str) -> list[Record]:
+    """The records without the objects that have no mask, which are counted.
+
+    Raises:
+        ValueError: If there are such objects, and they are not to be skipped.
+    """
     without = [record for record in records if any(of.mask is None for of in record.objects)]
     if without:
-        raise ValueError(
-            f"data.source: expected a mask for every object in {printable(source)}, got objects "
-            f"without in {len(without)} images, such as {printable(without[0].path)}"
-        )
+        where = f"in {len(without)} images of {part}, such as {printable(without[0].path)}"
+        if on_error == "raise":
+            raise ValueError(
+                f"data.source: expected a mask for every object, got objects without {where}"
+            )
+        print(f"data.source: left out the objects without a mask {where}", file=sys.stderr)
+    return [of._replace(objects=[o for o in of.objects if o.mask is not None]) for of in records]
 
 
 def form_of(source: Path) -> Form:

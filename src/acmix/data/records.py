@@ -14,12 +14,13 @@ from faster_coco_eval.core import mask as coco_mask
 from acmix.errors import printable
 
 LEEWAY = 2.0  # pixels by which rounding may bring a box out of its image
+OF_ZEROS = "a box of zeros; an image without objects has no box at all"
 
 
 class Object(NamedTuple):
     """One object. box: left, top, right, bottom in pixels. ignored: crowds and the like.
 
-    mask: polygons as arrays of x, y, x, y, ..., or run lengths in COCO's form; None without one.
+    mask: polygons as arrays of x, y, x, y, ..., or compressed run lengths; None without one.
     """
 
     label: int
@@ -60,38 +61,64 @@ def checked_box(numbers: Sequence[Any], size: tuple[int, int]) -> tuple[float, f
     Raises:
         ValueError: If it is no box, empty, or not within the image; says why.
     """
-    try:
-        left, top, right, bottom = (float(number) for number in numbers)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"expected four numbers of a box, got {numbers!r}") from error
-    box = (left, top, right, bottom)
+    left, top, right, bottom = box = four_numbers(numbers)
     if not all(map(math.isfinite, box)):
         raise ValueError(f"expected a box of finite numbers, got {_words(box)}")
     if box == (0, 0, 0, 0):
-        raise ValueError("a box of zeros; an image without objects has no box at all")
+        raise ValueError(OF_ZEROS)
     if right <= left or bottom <= top:
         raise ValueError(f"expected right > left and bottom > top, got the box {_words(box)}")
     width, height = size
     out = max(-left, -top, right - width, bottom - height)
-    if out > LEEWAY:
+    cut = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    if out > LEEWAY or cut[2] <= cut[0] or cut[3] <= cut[1]:
         raise ValueError(f"the box {_words(box)} leaves its image of {width}x{height}")
-    return max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    return cut
+
+
+def four_numbers(values: Any) -> tuple[float, float, float, float]:
+    """Of a box.
+
+    Raises:
+        ValueError: If they are others.
+    """
+    try:
+        first, second, third, fourth = map(float, values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"expected four numbers of a box, got {values!r:.80}") from error
+    return first, second, third, fourth
+
+
+def checked_area(area: Any, box: Sequence[float], mask: Any, size: tuple[int, int]) -> float:
+    """The area that a file gives, or else that of the mask, or of the box.
+
+    Raises:
+        ValueError: If the file gives what is no area.
+    """
+    if area is None and mask is not None:
+        return float(decode(mask, size).sum())
+    if area is None:
+        return (box[2] - box[0]) * (box[3] - box[1])
+    if not isinstance(area, int | float) or not 0 <= area < math.inf:
+        raise ValueError(f"expected an area of 0 or more, got {area!r:.40}")
+    return float(area)
 
 
 def _words(box: Sequence[float]) -> str:
     return "({})".format(", ".join(f"{side:g}" for side in box))
 
 
-def checked_polygons(polygons: Iterable[Any]) -> tuple[np.ndarray, ...]:
-    """Arrays of x, y, x, y, ...
+def checked_polygons(polygons: Iterable[Any], size: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Arrays of x, y, x, y, ...; in float64, since rounding to float32 moves edges by a pixel.
 
     Raises:
-        ValueError: If one has fewer than three points, or what is no number.
+        ValueError: If one has fewer than three points, what is no number, or a point far from the
+            image.
     """
     arrays = []
     for polygon in polygons:
         try:
-            array = np.asarray(polygon, dtype=np.float32)
+            array = np.asarray(polygon, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError("expected polygons of numbers, got something else") from error
         if array.ndim != 1 or len(array) < 6 or len(array) % 2:
@@ -100,12 +127,14 @@ def checked_polygons(polygons: Iterable[Any]) -> tuple[np.ndarray, ...]:
             )
         if not np.isfinite(array).all():
             raise ValueError("expected a polygon of finite numbers, got NaN or infinity")
+        if array.min() < -max(size) or array.max() > 2 * max(size):
+            raise ValueError("a polygon has a point far from its image of {}x{}".format(*size))
         arrays.append(array)
     return tuple(arrays)
 
 
 def checked_run_lengths(code: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Run lengths in COCO's form.
+    """Run lengths in COCO's form, compressed.
 
     Raises:
         ValueError: If they are of another size than the image, or none.
@@ -116,13 +145,17 @@ def checked_run_lengths(code: Any, size: tuple[int, int]) -> dict[str, Any]:
             f"the mask has size {code.get('size')} (height, width), its image {[height, width]}"
         )
     counts = code.get("counts")
+    whole = {"size": [height, width], "counts": counts}
     if isinstance(counts, list):
-        if sum(counts) != width * height or min(counts, default=0) < 0:
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("expected run lengths of whole numbers from 0, got others")
+        if sum(counts) != width * height:
             raise ValueError(f"the runs of the mask sum to {sum(counts)}, not {width * height}")
-        return {"size": [height, width], "counts": np.asarray(counts, dtype=np.uint32)}
-    if not isinstance(counts, str | bytes):
+        whole = coco_mask.frPyObjects(whole, height, width)
+    elif not isinstance(counts, str | bytes):
         raise ValueError(f"expected run lengths, got counts of {type(counts).__name__}")
-    return {"size": [height, width], "counts": counts}
+    decode(whole, size)
+    return whole
 
 
 def decode(mask: Any, size: tuple[int, int]) -> np.ndarray:
@@ -133,14 +166,9 @@ def decode(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """
     width, height = size
     try:
-        if isinstance(mask, dict):
-            code = mask
-            if not isinstance(code["counts"], str | bytes):
-                whole = {"size": code["size"], "counts": code["counts"].tolist()}
-                code = coco_mask.frPyObjects(whole, height, width)
-        else:
+        if not isinstance(mask, dict):
             polygons = [polygon.tolist() for polygon in mask]
-            code = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-        return coco_mask.decode(code)
+            mask = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        return coco_mask.decode(mask)
     except Exception as error:  # of a broken code, its decoder raises anything
         raise ValueError(f"a mask cannot be decoded: {error}") from error

@@ -8,10 +8,11 @@ http://host.robots.ox.ac.uk/pascal/VOC/
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 from xml.etree import ElementTree
 
 from acmix.data.files import SUFFIXES
-from acmix.data.records import Annotations, Object, Record, checked_box
+from acmix.data.records import OF_ZEROS, Annotations, Object, Record, checked_box
 from acmix.errors import one_line
 
 ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", "ImageSets/Main"
@@ -40,7 +41,7 @@ def read_voc(root: Path, part: str | None, class_names: list[str] | None) -> Ann
         file = root / ANNOTATIONS / f"{stem}.xml"
         try:
             trees[stem] = parse(file)
-        except (OSError, ValueError, ElementTree.ParseError) as error:
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
             found.fault(file, one_line(error))
     there = {name for tree in trees.values() for name in _names(tree)}
     found.class_names = class_names or sorted(there)
@@ -65,7 +66,7 @@ def names_of(root: Path, part: str | None) -> list[str]:
     """Of the images of a part; of all where there are no lists."""
     if part is None:
         return sorted(path.stem for path in (root / ANNOTATIONS).glob("*.xml"))
-    lines = (root / LISTS / f"{part}.txt").read_text().splitlines()
+    lines = (root / LISTS / f"{part}.txt").read_text(errors="replace").splitlines()
     return [line.split()[0] for line in lines if line.strip()]
 
 
@@ -75,10 +76,13 @@ def has_part(root: Path, part: str) -> bool:
 
 def parse(file: Path) -> ElementTree.Element:
     """The tree of a file, which may define no entities: they could grow without end."""
-    text = file.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+    parser = ElementTree.XMLParser(target=_WithoutDoctype())
+    return ElementTree.fromstring(file.read_bytes(), parser)
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str, system: str) -> NoReturn:
         raise ValueError("expected XML without a document type, got one")
-    return ElementTree.fromstring(text)
 
 
 def read_objects(tree: ElementTree.Element, file: Path, record: Record, found: Annotations) -> None:
@@ -87,6 +91,8 @@ def read_objects(tree: ElementTree.Element, file: Path, record: Record, found: A
             left, top, right, bottom = (
                 float(_text(node, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
             )
+            if not any((left, top, right, bottom)):
+                raise ValueError(OF_ZEROS)
             box = checked_box((left - INCLUSIVE, top - INCLUSIVE, right, bottom), record.size)
             name = _text(node, "name")
             if name not in found.class_names:

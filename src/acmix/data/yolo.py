@@ -17,7 +17,15 @@ import yaml
 from PIL import Image
 
 from acmix.data.files import find_images
-from acmix.data.records import Annotations, Object, Record, checked_box
+from acmix.data.records import (
+    OF_ZEROS,
+    Annotations,
+    Object,
+    Record,
+    checked_area,
+    checked_box,
+    checked_polygons,
+)
 from acmix.data.sources import why_unreadable
 
 FILES = ("data.yaml", "dataset.yaml", "data.yml")
@@ -86,7 +94,8 @@ def images_of(file: Path, content: dict[str, Any], part: str) -> list[str]:
         if place.is_dir():
             paths += find_images(place).images
         else:
-            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+            text = place.read_text(errors="replace")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
             paths += [line if os.path.isabs(line) else str(place.parent / line) for line in lines]
     return paths
 
@@ -99,7 +108,7 @@ def labels_of(image: str) -> str:
 
 
 def read_rows(file: str, record: Record, found: Annotations) -> None:
-    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -113,16 +122,18 @@ def object_of(line: str, size: tuple[int, int], classes: int) -> Object:
         label, *parts = (float(word) for word in line.split())
     except ValueError as error:
         raise ValueError(f"expected numbers, got {line[:40]!r}") from error
-    if label != int(label) or not 0 <= label < classes:
+    if not label.is_integer() or not 0 <= label < classes:
         raise ValueError(f"class {label:g} is not among the {classes} classes, from 0")
     if len(parts) == 4:
         centre, half = np.array(parts[:2]), np.array(parts[2:]) / 2
+        if not any(parts):
+            raise ValueError(OF_ZEROS)
         corners = np.concatenate([centre - half, centre + half]) * [*size, *size]
         box, mask = checked_box(corners.tolist(), size), None
     elif len(parts) >= 6 and len(parts) % 2 == 0:
-        points = np.array(parts, dtype=np.float32).reshape(-1, 2) * size
+        points = np.array(parts).reshape(-1, 2) * size
         box = checked_box((*points.min(0).tolist(), *points.max(0).tolist()), size)
-        mask = (points.astype(np.float32).ravel(),)
+        mask = checked_polygons([points.ravel()], size)
     else:
         raise ValueError(f"expected a class and 4 numbers, or 6 and more, got {line[:40]!r}")
-    return Object(int(label), box, (box[2] - box[0]) * (box[3] - box[1]), False, mask)
+    return Object(int(label), box, checked_area(None, box, mask, size), False, mask)
