@@ -143,11 +143,12 @@ def test_without_an_area_it_is_that_of_the_mask_or_of_the_box(tmp_path):
         of_box["segmentation"] = []
         del of_mask["area"], of_box["area"]
 
-    held_out = objects(edit(write_coco(tmp_path, val=9), "val", spoil), masks=False).val_set()
-    records = held_out.records
-    of_mask, of_box = [of for record in records for of in record.objects][-2:]
-    [size] = {record.size for record in records if of_mask in record.objects}
-    assert of_mask.area == decode(of_mask.mask, size).sum()
+    records = objects(edit(write_coco(tmp_path, val=9), "val", spoil)).val_set().records
+    sizes, found = zip(
+        *[(record.size, of) for record in records for of in record.objects], strict=False
+    )
+    of_mask, of_box = found[-2:]
+    assert of_mask.area == decode(of_mask.mask, sizes[-2]).sum()
     left, top, right, bottom = of_box.box
     assert of_box.area == (right - left) * (bottom - top)
 

@@ -38,18 +38,39 @@ def read_coco(file: Path, folders: list[Path]) -> Annotations:
     found = Annotations([*names.values()], [*names])
     images = images_of(content["images"], file, folders, found)
     places = {number: place for place, number in enumerate(names)}
-    for row in content["annotations"]:
-        where = f"{file}, annotation {row.get('id', '?') if isinstance(row, dict) else row!r}"
+    rows: dict[Any, list[Any]] = {number: [] for number in images}
+    for row in content.pop("annotations"):
         try:
-            record = images[row["image_id"]]
-            if record is not None:  # whose image is a fault already
-                record.objects.append(object_of(row, record, places))
-        except KeyError as error:
-            found.fault(where, _missing(error, row))
-        except (ValueError, TypeError) as error:
-            found.fault(where, str(error))
-    found.records += [record for record in images.values() if record is not None]
+            rows[row["image_id"]].append(row)
+        except (KeyError, TypeError) as error:
+            found.fault(_name(file, row), _missing(error, row))
+    for number, record in images.items():
+        of_image = rows.pop(
+            number
+        )  # which nothing else holds: the file is larger than what is kept
+        if record is not None:  # else the image is a fault already
+            objects = objects_of(of_image, record.size, places, file, found)
+            found.records.append(record.holding(objects))
     return found
+
+
+def objects_of(
+    rows: list[Any],
+    size: tuple[int, int],
+    places: dict[int, int],
+    file: Path,
+    found: Annotations,
+) -> list[Object]:
+    """The objects of an image that are without faults."""
+    objects = []
+    for row in rows:
+        try:
+            objects.append(object_of(row, size, places))
+        except KeyError as error:
+            found.fault(_name(file, row), _missing(error, row))
+        except (ValueError, TypeError) as error:
+            found.fault(_name(file, row), str(error))
+    return objects
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -107,27 +128,33 @@ def images_of(
             images[key] = None
             continue
         taken.add(path)
-        images[key] = Record(path, key if isinstance(key, int) else number, size, [])
+        images[key] = Record(path, key if isinstance(key, int) else number, size, b"")
     return images
 
 
-def object_of(row: dict[str, Any], record: Record, places: dict[int, int]) -> Object:
+def object_of(row: dict[str, Any], size: tuple[int, int], places: dict[int, int]) -> Object:
     left, top, width, height = four_numbers(row["bbox"])
-    box = checked_box((left, top, left + width, top + height), record.size)
+    box = checked_box((left, top, left + width, top + height), size)
     category = row["category_id"]
     if not isinstance(category, int) or category not in places:
         raise ValueError(f"category_id {category!r} is not among the categories")
     mask = row.get("segmentation") or None
     if isinstance(mask, dict):
-        mask = checked_run_lengths(mask, record.size)
+        mask = checked_run_lengths(mask, size)
     elif mask is not None:
-        mask = checked_polygons(mask, record.size)
-    area = checked_area(row.get("area"), box, mask, record.size)
+        mask = checked_polygons(mask, size)
+    area = checked_area(row.get("area"), box, mask, size)
     return Object(places[category], box, area, bool(row.get("iscrowd", 0)), mask)
 
 
-def _missing(error: KeyError, row: Any) -> str:
+def _name(file: Path, row: Any) -> str:
+    return f"{file}, annotation {row.get('id', '?') if isinstance(row, dict) else row!r}"
+
+
+def _missing(error: KeyError | TypeError, row: Any) -> str:
     [key] = error.args
+    if isinstance(error, TypeError):
+        return f"expected the image_id of an image, got {key}"
     if isinstance(row, dict) and "image_id" in row and key == row["image_id"]:
         return f"image_id {key!r} is not among the images"
     return f"expected {key}, got none"

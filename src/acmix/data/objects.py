@@ -420,15 +420,16 @@ def with_masks_only(records: list[Record], part: str, on_error: str) -> list[Rec
     Raises:
         ValueError: If there are such objects, and they are not to be skipped.
     """
-    without = [record for record in records if any(of.mask is None for of in record.objects)]
-    if without:
-        where = f"in {len(without)} images of {part}, such as {printable(without[0].path)}"
-        if on_error == "raise":
-            raise ValueError(
-                f"data.source: expected a mask for every object, got objects without {where}"
-            )
-        print(f"data.source: left out the objects without a mask {where}", file=sys.stderr)
-    return [of._replace(objects=[o for o in of.objects if o.mask is not None]) for of in records]
+    without = [of for of in records if any(o.mask is None for o in of.objects)]
+    if not without:
+        return records
+    where = f"in {len(without)} images of {part}, such as {printable(without[0].path)}"
+    if on_error == "raise":
+        raise ValueError(
+            f"data.source: expected a mask for every object, got objects without {where}"
+        )
+    print(f"data.source: left out the objects without a mask {where}", file=sys.stderr)
+    return [of.holding([o for o in of.objects if o.mask is not None]) for of in records]
 
 
 def form_of(source: Path) -> Form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,22 @@ class Object(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An image file, its width and height, and what is in it."""
+    """An image file, its width and height, and what is in it.
+
+    The objects of COCO would fill gigabytes one by one, again in every process that loads images.
+    """
 
     path: str
     number: int
     size: tuple[int, int]
-    objects: list[Object]
+    pickled: bytes
+
+    @property
+    def objects(self) -> list[Object]:
+        return pickle.loads(self.pickled)
+
+    def holding(self, objects: list[Object]) -> Record:
+        return self._replace(pickled=pickle.dumps(objects))
 
 
 @dataclass

@@ -56,9 +56,8 @@ def read_voc(root: Path, part: str | None, class_names: list[str] | None) -> Ann
         except ValueError as error:
             found.fault(file, f"expected size/width and size/height: {error}")
             continue
-        record = Record(str(images[stem]), number, (width, height), [])
-        read_objects(tree, file, record, found)
-        found.records.append(record)
+        record = Record(str(images[stem]), number, (width, height), b"")
+        found.records.append(record.holding(objects_of(tree, file, record.size, found)))
     return found
 
 
@@ -85,7 +84,11 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
         raise ValueError("expected XML without a document type, got one")
 
 
-def read_objects(tree: ElementTree.Element, file: Path, record: Record, found: Annotations) -> None:
+def objects_of(
+    tree: ElementTree.Element, file: Path, size: tuple[int, int], found: Annotations
+) -> list[Object]:
+    """The objects of an image that are without faults."""
+    objects = []
     for number, node in enumerate(tree.iter("object"), 1):
         try:
             left, top, right, bottom = (
@@ -93,7 +96,7 @@ def read_objects(tree: ElementTree.Element, file: Path, record: Record, found: A
             )
             if not any((left, top, right, bottom)):
                 raise ValueError(OF_ZEROS)
-            box = checked_box((left - INCLUSIVE, top - INCLUSIVE, right, bottom), record.size)
+            box = checked_box((left - INCLUSIVE, top - INCLUSIVE, right, bottom), size)
             name = _text(node, "name")
             if name not in found.class_names:
                 raise ValueError(f"class {name!r} is not among the classes")
@@ -102,7 +105,8 @@ def read_objects(tree: ElementTree.Element, file: Path, record: Record, found: A
             continue
         difficult = (node.findtext("difficult") or "0").strip() == "1"
         label, area = found.class_names.index(name), (box[2] - box[0]) * (box[3] - box[1])
-        record.objects.append(Object(label, box, area, difficult))
+        objects.append(Object(label, box, area, difficult))
+    return objects
 
 
 def _text(node: ElementTree.Element, path: str) -> str:

@@ -73,11 +73,9 @@ def read_yolo(file: Path, content: dict[str, Any], part: str) -> Annotations:
         except Exception as error:  # of a broken file, Pillow raises anything
             found.fault(path, why_unreadable(error))
             continue
-        record = Record(str(path), number, size, [])
         labels = labels_of(path)
-        if os.path.isfile(labels):
-            read_rows(labels, record, found)
-        found.records.append(record)
+        objects = objects_of(labels, size, found) if os.path.isfile(labels) else []
+        found.records.append(Record(str(path), number, size, b"").holding(objects))
     return found
 
 
@@ -107,14 +105,17 @@ def labels_of(image: str) -> str:
     return f"{os.path.splitext(moved)[0]}.txt"
 
 
-def read_rows(file: str, record: Record, found: Annotations) -> None:
+def objects_of(file: str, size: tuple[int, int], found: Annotations) -> list[Object]:
+    """The objects of an image that are without faults."""
+    objects = []
     for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            record.objects.append(object_of(line, record.size, len(found.class_names)))
+            objects.append(object_of(line, size, len(found.class_names)))
         except ValueError as error:
             found.fault(f"{file}, line {number}", str(error))
+    return objects
 
 
 def object_of(line: str, size: tuple[int, int], classes: int) -> Object:
