@@ -144,11 +144,9 @@ def test_without_an_area_it_is_that_of_the_mask_or_of_the_box(tmp_path):
         del of_mask["area"], of_box["area"]
 
     records = objects(edit(write_coco(tmp_path, val=9), "val", spoil)).val_set().records
-    sizes, found = zip(
-        *[(record.size, of) for record in records for of in record.objects], strict=False
-    )
-    of_mask, of_box = found[-2:]
-    assert of_mask.area == decode(of_mask.mask, sizes[-2]).sum()
+    found = [(record.size, of) for record in records for of in record.objects]
+    (size, of_mask), (_, of_box) = found[-2:]
+    assert of_mask.area == decode(of_mask.mask, size).sum()
     left, top, right, bottom = of_box.box
     assert of_box.area == (right - left) * (bottom - top)
 
@@ -273,6 +271,8 @@ FAULTS = {
     "unknown class": ({"category_id": 4}, "category_id 4 is not among the categories"),
     "class of classes": ({"category_id": [3]}, "category_id [3] is not among the categories"),
     "unknown image": ({"image_id": 77}, "image_id 77 is not among the images"),
+    "image of images": ({"image_id": [1]}, "image_id [1] is not among the images"),
+    "no image": ({"image_id": None}, "image_id None is not among the images"),
     "mask of another size": (
         {"segmentation": {"size": [10, 10], "counts": [100]}},
         "the mask has size [10, 10] (height, width), its image",
@@ -362,11 +362,20 @@ def edit(root, part, function):
         (lambda c: c["images"][1].update(file_name="gone.png"), "no file gone.png"),
         (lambda c: c["images"][1].update(id=0), "the id of another image"),
         (lambda c: c["images"][1].update(file_name="2.png"), "the file 2.png of another image"),
+        (lambda c: c["images"][1].update(id=[1]), "expected id, file_name and size: unhashable"),
         (lambda c: c["images"][1].update(width=float("inf")), "expected id, file_name and size"),
         (lambda c: c["images"][1].pop("width"), "expected id, file_name and size"),
         (lambda c: c["images"][1].update(height=0), "expected a size, got (96, 0)"),
     ],
-    ids=["missing file", "one id twice", "one file twice", "endless", "no width", "no height"],
+    ids=[
+        "missing file",
+        "one id twice",
+        "one file twice",
+        "a list",
+        "endless",
+        "no width",
+        "no height",
+    ],
 )
 def test_an_image_that_cannot_be_had_is_named_once(function, said, tmp_path, capsys):
     root = edit(write_coco(tmp_path), "train", function)
@@ -432,6 +441,19 @@ def test_a_file_that_is_cut_off_is_named_when_it_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"data.source: cannot read .*102.png: "):
         images[2]
     assert len(objects(tmp_path, on_error="skip").val_set()) == 2
+
+
+def test_ids_that_are_no_whole_numbers_are_replaced_by_the_order(tmp_path):
+    def rename(content):
+        content["images"][0]["id"] = "first"
+
+    assert [int(t["image_id"]) for _, t in objects(write_coco(tmp_path)).val_set()] == [
+        100,
+        101,
+        102,
+    ]
+    edit(tmp_path, "val", rename)
+    assert [int(t["image_id"]) for _, t in objects(tmp_path).val_set()] == [0, 1, 2]
 
 
 def test_skip_leaves_out_images_that_cannot_be_had(tmp_path, capsys):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,13 @@ def read_coco(file: Path, folders: list[Path]) -> Annotations:
     places = {number: place for place, number in enumerate(names)}
     rows: dict[Any, list[Any]] = {number: [] for number in images}
     for row in content.pop("annotations"):
-        try:
-            rows[row["image_id"]].append(row)
-        except (KeyError, TypeError) as error:
-            found.fault(_name(file, row), _missing(error, row))
+        number = row.get("image_id") if isinstance(row, dict) else None
+        if isinstance(number, Hashable) and number in rows:
+            rows[number].append(row)
+        else:
+            found.fault(_name(file, row), f"image_id {number!r:.40} is not among the images")
     for number, record in images.items():
-        of_image = rows.pop(
-            number
-        )  # which nothing else holds: the file is larger than what is kept
+        of_image = rows.pop(number)  # the last that holds them: they fill far more than objects do
         if record is not None:  # else the image is a fault already
             objects = objects_of(of_image, record.size, places, file, found)
             found.records.append(record.holding(objects))
@@ -67,7 +66,7 @@ def objects_of(
         try:
             objects.append(object_of(row, size, places))
         except KeyError as error:
-            found.fault(_name(file, row), _missing(error, row))
+            found.fault(_name(file, row), f"expected {error.args[0]}, got none")
         except (ValueError, TypeError) as error:
             found.fault(_name(file, row), str(error))
     return objects
@@ -103,17 +102,22 @@ def categories_of(rows: list[Any], file: Path) -> dict[int, str]:
 def images_of(
     rows: list[Any], file: Path, folders: list[Path], found: Annotations
 ) -> dict[Any, Record | None]:
-    """Records by the image's id; None for an image that cannot be had."""
+    """Records by the image's id; None for an image that cannot be had.
+
+    Where ids are no whole numbers, images are numbered in their order.
+    """
+    are_numbers = all(isinstance(row, dict) and isinstance(row.get("id"), int) for row in rows)
     images: dict[Any, Record | None] = {}
     taken: set[str] = set()
     for number, row in enumerate(rows):
         try:
             key, name = row["id"], str(row["file_name"])
             size = (int(row["width"]), int(row["height"]))
+            again = key in images
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             found.fault(f"{file}, image {number}", f"expected id, file_name and size: {error}")
             continue
-        if key in images:
+        if again:
             found.fault(f"{file}, image {key}", "the id of another image")
             continue
         places = (os.path.join(folder, name) for folder in folders)
@@ -128,7 +132,7 @@ def images_of(
             images[key] = None
             continue
         taken.add(path)
-        images[key] = Record(path, key if isinstance(key, int) else number, size, b"")
+        images[key] = Record(path, key if are_numbers else number, size, b"")
     return images
 
 
@@ -149,15 +153,6 @@ def object_of(row: dict[str, Any], size: tuple[int, int], places: dict[int, int]
 
 def _name(file: Path, row: Any) -> str:
     return f"{file}, annotation {row.get('id', '?') if isinstance(row, dict) else row!r}"
-
-
-def _missing(error: KeyError | TypeError, row: Any) -> str:
-    [key] = error.args
-    if isinstance(error, TypeError):
-        return f"expected the image_id of an image, got {key}"
-    if isinstance(row, dict) and "image_id" in row and key == row["image_id"]:
-        return f"image_id {key!r} is not among the images"
-    return f"expected {key}, got none"
 
 
 def part_files(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
