@@ -31,6 +31,7 @@ class ImageData(LightningDataModule):
     class_names: list[str]
     # Arguments of timm.data.create_transform, and `background`, the colour beneath transparency.
     input_config: dict[str, Any] | None = None
+    leave_out: ClassVar[str] = "on_error skip"  # option that goes on without broken files
     looks_early: bool = False  # whether `acmix fit` looks for broken files before it starts
     collate: Callable[[list[Sample]], Any] = staticmethod(default_collate)  # samples -> a batch
     seed: int = 0  # of the order and augmentation of training images; `acmix fit` sets it

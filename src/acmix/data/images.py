@@ -57,6 +57,8 @@ Transform = Callable[[Image], Tensor]
 class Images(ClassifiedData):
     """Colour images with a class each, from one of several sources."""
 
+    leave_out = "max_corrupt"
+
     def __init__(
         self,
         source: str,

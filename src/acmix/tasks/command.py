@@ -113,7 +113,7 @@ def check_images(data: ImageData) -> None:
     if broken:
         raise UserError(
             f"data.source: expected images that can be read, got {len(broken)} that cannot "
-            "(--data.max_corrupt leaves them out, acmix check names all)"
+            f"(--data.{data.leave_out} leaves them out, acmix check names all)"
         )
 
 
