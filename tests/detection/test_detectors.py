@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -491,3 +492,20 @@ def test_numbers_of_parameters_are_torchvisions(detector, classes, torchvisions,
     with torch.device("meta"):
         model = create_detector("resnet50", detector, classes)
     assert sum(weight.numel() for weight in model.parameters()) == torchvisions + more
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "cascade_rcnn"])
+def test_rates_by_layer_slow_the_network_alone(detector):
+    net = create(detector)
+    groups = create_optimizer_v2(
+        net, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5
+    ).param_groups
+    of = {id(weight): group for group in groups for weight in group["params"]}
+    scales = {key: of[id(weight)]["lr_scale"] for key, weight in net.named_parameters()}
+    body = [key for key in scales if key.startswith("model.backbone.features.body.")]
+    assert {scales[key] for key in scales if key not in body} == {1.0}
+    assert scales[body[0]] < scales[body[-1]] < 1.0
+    assert len({scales[key] for key in body}) >= 4
+    assert {of[id(net.get_parameter(key))]["weight_decay"] for key in net.no_weight_decay()} == {
+        0.0
+    }

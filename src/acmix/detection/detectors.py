@@ -39,6 +39,7 @@ DETECTORS: tuple[str, ...] = get_args(DetectorName)
 BackboneNorm = Literal["batch", "frozen", "group", "sync"]
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
+FEATURES = "model.backbone.features."  # where a detector has its network
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet's anchors of a level
 # What gives scores, boxes and masks.
 PREDICTORS = (RetinaNetHead, RPNHead, FastRCNNPredictor, MaskRCNNPredictor)
@@ -73,7 +74,11 @@ class Detector(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that go without weight decay, as `timm.optim` asks."""
-        return {f"model.backbone.features.{key}" for key in self.features.no_weight_decay()}
+        return {f"{FEATURES}{key}" for key in self.features.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The layer of a parameter, for layer-wise learning rates; all but the network is last."""
+        return lambda key: self.features.layer_of(key.removeprefix(FEATURES))
 
     def train(self, mode: bool = True) -> Detector:
         super().train(mode)

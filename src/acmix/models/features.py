@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import timm
 import torch
 from timm.layers import LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 
+Made = TypeVar("Made")
 STRIDES = (4, 8, 16, 32)
 RIGID = "strict_img_size"  # of timm's Swin: whether it takes images of one size alone
 
@@ -23,25 +26,37 @@ class Features(nn.Module):
         channels: Of the maps.
     """
 
-    def __init__(self, body: Any, norm: bool, undecayed: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        body: Any,
+        norm: bool,
+        undecayed: Iterable[str] = (),
+        layers: Mapping[str, int] | None = None,
+    ) -> None:
         """Take a network over.
 
         Args:
             body: With timm's `feature_info`.
             norm: Whether each map goes through a LayerNorm.
             undecayed: Names of the body's parameters that go without weight decay.
+            layers: Number of the layer, from the images on, of the body's parameters by name.
         """
         super().__init__()
         self.body = body
         self.strides: list[int] = body.feature_info.reduction()
         self.channels: list[int] = body.feature_info.channels()
         self._undecayed = frozenset(f"body.{name}" for name in undecayed)
+        self._layers = {f"body.{name}": number for name, number in (layers or {}).items()}
         self.is_last = is_channels_last(body)
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in self.channels if norm)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that go without weight decay, as `timm.optim` asks."""
         return set(self._undecayed)
+
+    def layer_of(self, key: str) -> float:
+        """Of a parameter by its name, for rates by layer; infinite for what is not the body's."""
+        return self._layers.get(key, math.inf)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: (B, in_chans, H, W), of any size."""
@@ -74,9 +89,7 @@ def create_features(
     Raises:
         ValueError: If the network has no map of one of the strides.
     """
-    kwargs = dict(model_kwargs or {})
-    with torch.device("meta"):
-        whole, kwargs = _create_for_any_size(name, kwargs)
+    whole, kwargs = on_meta(lambda: _create_for_any_size(name, model_kwargs or {}))
     there = whole.feature_info.reduction()
     if missing := [stride for stride in strides if stride not in there]:
         raise ValueError(
@@ -89,18 +102,35 @@ def create_features(
         name, features_only=True, in_chans=in_chans, out_indices=indices, **kwargs
     )
     norm = is_channels_last(body) if norm is None else norm
-    return Features(body, norm, undecayed(name, kwargs, body))
+    net = on_meta(lambda: timm.create_model(name, **kwargs))
+    keys = {_alike(key): key for key, _ in body.named_parameters()}
+    spared = [_alike(key) for key in getattr(net, "no_weight_decay", set)()]
+    layers = {_alike(key): number for key, number in layers_of(net).items()}
+    return Features(
+        body,
+        norm,
+        [keys[key] for key in spared if key in keys],
+        {keys[key]: number for key, number in layers.items() if key in keys},
+    )
 
 
-def undecayed(name: str, kwargs: dict[str, Any], body: nn.Module) -> Iterator[str]:
-    """Names in the body of what the whole network names in `no_weight_decay`."""
-    with torch.device("meta"):
-        net = timm.create_model(name, **kwargs)
-    named = {alike(key) for key in getattr(net, "no_weight_decay", set)()}
-    return (key for key, _ in body.named_parameters() if alike(key) in named)
+def on_meta(make: Callable[[], Made]) -> Made:
+    """A network without numbers, where its constructor does not read any."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (NotImplementedError, RuntimeError):
+        return make()
 
 
-def alike(key: str) -> str:
+def layers_of(net: Any) -> dict[str, int]:
+    """Numbers of the layers of a network that knows them, by the names of its parameters."""
+    if not hasattr(net, "group_matcher"):
+        return {}
+    return group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+
+
+def _alike(key: str) -> str:
     """A name that timm's two kinds of extractors and the network have in common."""
     return key.removeprefix("model.").replace(".", "_")
 

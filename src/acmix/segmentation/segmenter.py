@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-import timm
-import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 
-from acmix.models.features import Features, alike, create_features
+from acmix.models.features import Features, create_features
 from acmix.segmentation import semantic_fpn, upernet
 from acmix.segmentation.blocks import Norm, resize, size_of
 
@@ -39,13 +34,10 @@ class Segmenter(nn.Module):
         num_classes: int,
         auxiliary: nn.Module | None = None,
         align_corners: bool = False,
-        layers: dict[str, int] | None = None,
     ) -> None:
-        """layers: number of the network's layer that a parameter of it is in, by its name."""
         super().__init__()
         self.features, self.decoder, self.auxiliary = features, decoder, auxiliary
         self.num_classes, self.align_corners = num_classes, align_corners
-        self._layers = layers or {}
         self._auxiliary_map = (
             features.strides.index(AUXILIARY_STRIDE) if auxiliary is not None else None
         )
@@ -56,7 +48,7 @@ class Segmenter(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """The layer of a parameter, for layer-wise learning rates; decoders are the last."""
-        return lambda key: self._layers.get(key, math.inf)
+        return lambda key: self.features.layer_of(key.removeprefix("features."))
 
     def forward(self, images: Tensor) -> Any:
         """images: (B, in_chans, H, W), of any size."""
@@ -123,18 +115,4 @@ def create_segmenter(
             second = upernet.AuxiliaryHead(
                 below, num_classes, head_width or upernet.AUXILIARY_WIDTH, norm, dropout
             )
-    layers = dict(layers_of(name, model_kwargs or {}, features.body))
-    return Segmenter(features, first, num_classes, second, align_corners, layers)
-
-
-def layers_of(name: str, kwargs: dict[str, Any], body: nn.Module) -> Iterable[tuple[str, int]]:
-    """Numbers of the layers of a network, by the names that its parameters have in a segmenter."""
-    with torch.device("meta"):
-        net: Any = timm.create_model(name, **kwargs)
-    if not hasattr(net, "group_matcher"):
-        return
-    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
-    numbers = {alike(key): number for key, number in layers.items()}
-    for key, _ in body.named_parameters():
-        if (number := numbers.get(alike(key))) is not None:
-            yield f"features.body.{key}", number
+    return Segmenter(features, first, num_classes, second, align_corners)
