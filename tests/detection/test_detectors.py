@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import box_iou
 
 from acmix.detection import DETECTORS, Detector, create_detector, heads
 from acmix.detection.pyramid import batch_norms
@@ -235,6 +236,33 @@ def test_box_heads_have_linear_layers_or_convolutions(detector):
             kinds = [type(module) for module in part.modules()]
             assert kinds.count(nn.Conv2d) == convolutions
             assert kinds.count(nn.Linear) == layers
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "giou"])
+@pytest.mark.parametrize("detector", CASCADES)
+def test_cascades_learn_boxes_by_the_loss_asked_for(detector, loss):
+    assert create(detector, box_loss=loss).model.roi_heads.box_loss == loss
+    assert create(detector).model.roi_heads.box_loss == "smooth_l1"
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@torch.no_grad()
+def test_detections_have_the_scores_and_overlaps_asked_for(detector):
+    """One class has a score of 0.9 or more, the others of little; anchors and proposals overlap."""
+    images = [torch.randn(3, 64, 64)]
+    numbers = {}
+    for score, overlap in ((0.5, 0.1), (0.5, 0.9), (0.0, 0.9)):
+        model = create(
+            detector, score_threshold=score, nms_threshold=overlap, max_detections=10_000
+        ).eval()
+        predict_by_hand(model, 1)
+        found = model(images)[0]
+        numbers[score, overlap] = len(found["boxes"])
+        assert (found["scores"] > score).all()
+        overlaps = box_iou(found["boxes"], found["boxes"]).fill_diagonal_(0)
+        overlaps[found["labels"][:, None] != found["labels"]] = 0
+        assert overlaps.max() <= overlap + 1e-4
+    assert 0 < numbers[0.5, 0.1] < numbers[0.5, 0.9] < numbers[0.0, 0.9]
 
 
 # Norms in the pyramid (two a map) and after convolutions: RetinaNet's eight, four of a head.

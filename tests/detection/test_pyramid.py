@@ -25,7 +25,7 @@ SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "path": "conv"}
         ((2000, 500), (1333, 333)),
         ((10, 10), (800, 800)),
         ((3000, 2000), (1200, 800)),
-        ((1, 2000), (1, 1333)),
+        ((1, 4000), (1, 1333)),
     ],
     ids=lambda size: "x".join(map(str, size)),
 )
@@ -56,7 +56,7 @@ def test_sides_of_the_image_stay_its_sides():
 def test_images_keep_their_type(dtype):
     image = torch.rand(3, 20, 30, dtype=torch.float64)
     resized, _ = Resize(50, 60, 3).eval().resize(image.to(dtype))
-    expected, _ = Resize(50, 60, 3).eval().resize(image)
+    expected = nn.functional.interpolate(image[None], (40, 60), mode="bilinear", antialias=True)[0]
     assert resized.dtype == dtype
     close = {torch.float64: 0, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(resized.double(), expected, atol=close, rtol=0)

@@ -169,7 +169,6 @@ def create_detector(
     features.body = with_norm(features.body, backbone_norm)
     coarser = LastLevelP6P7(features.channels[-1], width) if one_stage else LastLevelMaxPool()
     pyramid = Pyramid(features, width, coarser, norm_layer(head_norm))
-    shared: dict[str, Any] = {"image_mean": [0.0] * in_chans, "image_std": [1.0] * in_chans}
     if one_stage:
         model = _retinanet(
             pyramid,
@@ -180,7 +179,6 @@ def create_detector(
             score_thresh=score_threshold,
             nms_thresh=nms_threshold,
             detections_per_img=max_detections,
-            **shared,
         )
     else:
         ends: dict[str, Any] = {
@@ -188,13 +186,13 @@ def create_detector(
             "nms_threshold": nms_threshold,
             "max_detections": max_detections,
         }
-        shared["rpn_anchor_generator"] = anchors(anchor_sizes, aspect_ratios)
+        generator = anchors(anchor_sizes, aspect_ratios)
         heads = Heads(width, num_classes + 1, box_head, head_norm, "mask" in detector)
         if "cascade" in detector:
-            model = FasterRCNN(pyramid, num_classes + 1, **shared)
+            model = FasterRCNN(pyramid, num_classes + 1, rpn_anchor_generator=generator)
             model.roi_heads = CascadeHeads(heads, class_agnostic, box_loss or "smooth_l1", **ends)
         else:
-            model = _two_stages(pyramid, heads, ends, shared)
+            model = _two_stages(pyramid, heads, generator, ends)
     model.transform = Resize(test_size, max_size, in_chans)
     return Detector(model, background=not one_stage, frozen_norms=backbone_norm == "frozen")
 
@@ -262,10 +260,10 @@ def _retinanet(
 
 
 def _two_stages(
-    pyramid: Pyramid, heads: Heads, ends: dict[str, Any], shared: dict[str, Any]
+    pyramid: Pyramid, heads: Heads, generator: AnchorGenerator, ends: dict[str, Any]
 ) -> FasterRCNN:
     kwargs = {
-        **shared,
+        "rpn_anchor_generator": generator,
         "box_roi_pool": heads.box_pool(),
         "box_head": heads.box_head(),
         "box_predictor": heads.box_predictor(),
