@@ -101,7 +101,7 @@ def test_parts_of_the_heads_have_their_names():
 def test_retinanet_asks_for_the_loss_of_boxes_by_this_name(name, monkeypatch):
     module = importlib.import_module(f"{DETECTION}.retinanet")
     head = module.RetinaNetHead(4, 1, 2).regression_head
-    assert head._loss_type == "l1", changed("RetinaNetRegressionHead._loss_type")
+    assert getattr(head, "_loss_type", None) == "l1", changed("RetinaNetRegressionHead._loss_type")
     asked = []
     monkeypatch.setattr(module, "_box_loss", lambda kind, *args: asked.append(kind) or 0.0)
     head._loss_type = name
