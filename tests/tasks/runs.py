@@ -88,6 +88,11 @@ def start_two(commands):
     return [_start("tasks.runs", [argument], {**common, "LOCAL_RANK": str(i)}) for i in range(2)]
 
 
+def _hear_hangups():
+    """In a suite that runs under nohup, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _start(module, args, environment):
     tests = str(Path(__file__).parents[1])
     path = os.pathsep.join([tests, *filter(None, sys.path)])
@@ -97,6 +102,7 @@ def _start(module, args, environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_hangups if hasattr(signal, "SIGHUP") else None,
     )
 
 

@@ -94,7 +94,7 @@ class Detection(DenseTask):
             aspect_ratios: Heights of the anchors over their widths.
             box_head: Of two stages and of cascades: two linear layers, or four convolutions and
                 one.
-            box_loss: Of RetinaNet and cascades; by default those of their papers.
+            box_loss: Of RetinaNet, by default L1, and of cascades, by default smooth L1.
             class_agnostic: Whether a cascade moves a box alike for every class.
             score_threshold: Least score of a detection.
             nms_threshold: Most overlap (IoU) of two detections of one class.
