@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 
 import numpy as np
 import pytest
@@ -165,3 +166,33 @@ def test_where_there_is_no_object_there_is_no_number():
     metric.update([nothing] * len(targets), targets)
     [summary] = metric.summaries().values()
     assert summary.measures["ap"] == summary.measures["ar100"] == 0
+
+
+def part_of(rank: int, port: int, folder: str) -> None:
+    """A process that sees every second image of seven, so not as many as the other."""
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+    found, targets = scene(3, images=7)
+    metric = AveragePrecision(8, masks=True)
+    for image in range(rank, 7, 2):
+        metric.update([found[image]], [targets[image]])
+    torch.save(metric.summaries(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_saw_unlike_numbers_of_images_agree_with_one(tmp_path):
+    found, targets = scene(3, images=7)
+    whole = AveragePrecision(8, masks=True)
+    whole.update(found, targets)
+    expected = whole.summaries()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(part_of, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        summaries = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for kind, summary in expected.items():
+            assert summaries[kind].measures == summary.measures
+            assert summaries[kind].of_class == summary.of_class
+            assert summaries[kind].objects == summary.objects

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -47,6 +50,7 @@ class AveragePrecision(MeanAveragePrecision):
             max_detection_thresholds=DETECTIONS,
             extended_summary=True,
             backend="faster_coco_eval",
+            sync_on_compute=False,
         )
         self.warn_on_many_detections = False
         self.add_state("objects", torch.zeros(classes, dtype=torch.long), dist_reduce_fx="sum")
@@ -62,11 +66,32 @@ class AveragePrecision(MeanAveragePrecision):
     def compute(self) -> dict[str, Any]:
         return {**super().compute(), "objects": self.objects.clone()}
 
+    def _gather(self) -> None:
+        """What all processes saw, in the order in which one would have seen it.
+
+        torchmetrics' own way expects as many images of each.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        own = apply_to_collection(
+            {name: getattr(self, name) for name in self._defaults}, Tensor, Tensor.cpu
+        )
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        for name, value in own.items():
+            of = [part[name] for part in parts]
+            if isinstance(value, Tensor):
+                setattr(self, name, torch.stack(of).sum(0))
+            else:
+                turns = zip_longest(*of)
+                setattr(self, name, [one for turn in turns for one in turn if one is not None])
+
     def summaries(self) -> dict[str, Summary]:
         """By the prefix of the kind: "" of boxes, "mask_" of masks; none where there is no object.
 
-        Every process takes part, and gets the same.
+        Every process takes part, and gets the same; then the metric is to be reset.
         """
+        self._gather()
         found = self.compute()
         classes = found["classes"].flatten().tolist()  # of one class a scalar
         objects = found["objects"].flatten().tolist()
