@@ -311,3 +311,18 @@ def test_variants_of_the_operator_are_trained_side_by_side(whole, tmp_path, caps
     assert main(["ablate", "paths", "--config", str(recipe), *args, "--out", str(out)]) == 0
     assert "held-out mean IoU" in capsys.readouterr().out
     assert all(0 <= float(row["miou"]) <= 1 for row in rows_of(out, "results.csv"))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(whole, tmp_path, capsys):
+    """Of three images, which two processes cannot share evenly."""
+    odd = write_folders(tmp_path / "odd", val=3, size=(40, 32))
+    args = ["validate", str(whole), f"--data.source={odd}", "--trainer.accelerator=cpu"]
+    assert main(args) == 0
+    one = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    process = start_command([*args, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    said, _ = process.communicate(timeout=240)
+    two = dict(line.split() for line in said.splitlines())
+    assert process.returncode == 0
+    for name in ("val_loss", "val_miou", "val_pixel_accuracy"):
+        assert two[name] == one[name]

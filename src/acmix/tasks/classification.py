@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from timm.data import Mixup
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from acmix.analysis import figures
@@ -75,6 +75,8 @@ class Classification(Task):
             for name, k in (("accuracy", 1), (f"top{TOP}_accuracy", TOP))
             if k < classes
         }
+        # Lightning's own mean counts images of several processes by whole numbers, rounded down.
+        self.held_out_loss = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.val_metrics = MetricCollection(accuracies, prefix="val_", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test_")
 
@@ -161,7 +163,8 @@ class Classification(Task):
         logits = self.logits(images)
         metrics(logits, classes)
         loss = self.eval_loss(logits, classes)
-        self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
+        self.held_out_loss[stage].update(loss, len(images))  # type: ignore[operator]
+        self.log(f"{stage}_loss", self.held_out_loss[stage])  # type: ignore[arg-type]
         self.log_dict(metrics)
         return logits.softmax(dim=1)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from acmix.analysis import masks as pictures
@@ -106,6 +107,8 @@ class Segmentation(DenseTask):
         self.views = Views(tuple(test_scales or (1.0,)), flip_test, window, window_stride)
         # In the options, so no part of the state: it may change when a run goes on.
         self.register_buffer("class_weight", None, persistent=False)
+        # Lightning's own mean counts images of several processes by whole numbers, rounded down.
+        self.held_out_loss = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         options: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         self.val_counts = MulticlassConfusionMatrix(classes, **options)
         self.test_counts = MulticlassConfusionMatrix(classes, **options)
@@ -193,7 +196,8 @@ class Segmentation(DenseTask):
             predicted.append(classes_of(found, 0))
             counts.update(predicted[-1], mask)
         loss = torch.stack(losses).mean()
-        self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
+        self.held_out_loss[stage].update(loss, len(images))  # type: ignore[operator]
+        self.log(f"{stage}_loss", self.held_out_loss[stage])  # type: ignore[arg-type]
         return predicted
 
     def on_validation_epoch_end(self) -> None:
