@@ -19,6 +19,7 @@ from rich.table import Table
 
 from acmix.analysis import bench, environment
 from acmix.analysis.costs import check_name
+from acmix.analysis.rates import rate
 from acmix.detection import DETECTORS
 from acmix.errors import Parser, UserError, check_one_of, image_size, user_errors
 from acmix.segmentation import DECODERS
@@ -178,7 +179,7 @@ def show(found: Sequence[bench.Measured], options: argparse.Namespace) -> None:
             one.subject.name,
             one.subject.run,
             f"{one.parameters / 1e6:.2f}",
-            f"{one.subject.batch / one.best:,.3g}",
+            rate(one.subject.batch / one.best),
             f"{1e3 * one.best:,.1f}",
             f"{1e3 * first:,.1f} to {1e3 * third:,.1f}",
             f"{one.peak / 2**20:,.0f}",

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from acmix.analysis import figures
+from acmix.analysis.rates import rate
 from acmix.errors import Parser, UserError, user_errors
 from acmix.models import list_models
 from acmix.tasks import command
@@ -257,16 +258,16 @@ def show(rows: list[Row], variants: Iterable[str], task: type[Task]) -> None:
         of = [row for row in rows if row["variant"] == variant]
         table.add_row(
             escape(variant),
-            spread([100 * row[column_of(task.monitor)] for row in of], "{:.2f}") + " %",
-            spread([row["train_images_per_second"] for row in of], "{:,.3g}"),
-            f"{of[0]['infer_images_per_second']:,.3g}",
+            spread([100 * row[column_of(task.monitor)] for row in of], "{:.2f}".format) + " %",
+            spread([row["train_images_per_second"] for row in of]),
+            rate(of[0]["infer_images_per_second"]),
             f"{of[0]['parameters']:,}",
             str(len(of)),
         )
     console().print(table, highlight=False)
 
 
-def spread(values: list[float], form: str) -> str:
+def spread(values: list[float], show: Callable[[float], str] = rate) -> str:
     """Mean and standard deviation."""
-    text = form.format(mean(values))
-    return f"{text} ± {form.format(stdev(values))}" if len(values) > 1 else text
+    text = show(mean(values))
+    return f"{text} ± {show(stdev(values))}" if len(values) > 1 else text

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from acmix.analysis.rates import rate
 from acmix.tasks.base import Task
 from acmix.tasks.callbacks import History
 
@@ -98,5 +99,5 @@ class TrainingBar(ProgressBar):
         self._bar.update(
             self._task,
             description=f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else ""),
-            metrics=f"loss {loss:.3f}{held_out}  {self.history.images_per_second:.3g} images/s",
+            metrics=f"loss {loss:.3f}{held_out}  {rate(self.history.images_per_second)} images/s",
         )

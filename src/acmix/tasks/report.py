@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from acmix.analysis import environment, figures
+from acmix.analysis.rates import rate
 from acmix.data import ImageData
 from acmix.errors import one_line
 from acmix.tasks.base import Task
@@ -106,7 +107,7 @@ def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     rows = {
         "network": f"{summary['model']}, {summary['parameters']:,} parameters",
         "training": f"{epochs} in {summary['train_seconds']:.0f} s, "
-        f"{speed(summary['images_per_second'])}",
+        f"{rate(summary['images_per_second'])} images/s",
     }
     [(measure, value)] = summary["measure"].items()
     if value is not None:
@@ -121,11 +122,6 @@ def show(run: Path, summary: dict[str, Any], console: Console) -> None:
     console.print("\nNext, for example:")
     for command in next_commands(run, summary["config"]["model"]):
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
-
-
-def speed(images_per_second: float) -> str:
-    digits = 0 if images_per_second >= 10 else 2
-    return f"{images_per_second:,.{digits}f} images/s"
 
 
 def next_commands(run: Path, model: dict[str, Any]) -> list[str]:
