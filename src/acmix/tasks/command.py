@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from acmix.analysis.rates import rate
 from acmix.data import ImageData
 from acmix.data.survey import broken_within
 from acmix.errors import UserError, one_line, user_errors
@@ -232,7 +233,7 @@ def evaluate(cli: TrainingCLI) -> None:
         shown = f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
         print(f"{name:20}{shown}")
     if speed := cli.speed.images_per_second:
-        print(f"{'images/s':20}{speed:,.0f}")
+        print(f"{'images/s':20}{rate(speed)}")
 
 
 def predict(cli: TrainingCLI) -> None:
